@@ -1,0 +1,107 @@
+"""Causal attention with a sliding window: one function, several kernels.
+
+A query sees itself and the `window` positions before it. All kernels compute the same thing:
+
+- `reference`: the masked softmax as the textbook writes it, the oracle of the others;
+- `blocked`: query blocks that slice only the keys they can see, so that work scales with the
+  window; the fastest in plain XLA on a CPU (35 ms against 89 for the mask, T 512, window 128);
+- `cudnn`: flash attention on NVIDIA GPUs, half precision only.
+
+Grouped-query attention throughout: H query heads share K key/value heads. Scores and softmax are
+float32 whatever the inputs are.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Heads = Float[Array, "B T H C"]
+KVHeads = Float[Array, "B T K C"]
+
+MIN_BLOCK = 128
+"""Queries per block; longer sequences use larger blocks, at most `MAX_BLOCKS` of them."""
+
+MAX_BLOCKS = 8
+
+
+def attention(
+    q: Heads, k: KVHeads, v: KVHeads, *, window: int, implementation: str | None = None
+) -> Heads:
+    """Causal self-attention over whole sequences; `implementation=None` picks by device."""
+    kernel = implementation or default_implementation(q.dtype)
+    if kernel == "cudnn":
+        return _cudnn_attention(q, k, v, window=window)
+    if kernel == "blocked":
+        return _blocked_attention(q, k, v, window=window)
+    if kernel == "reference":
+        return _reference_attention(q, k, v, window=window)
+    raise ValueError(f"attention {kernel!r}: choose cudnn, blocked or reference")
+
+
+def default_implementation(dtype: jnp.dtype) -> str:
+    """cuDNN where it can run (NVIDIA, half precision), blocked XLA elsewhere."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if jax.default_backend() == "gpu" and half else "blocked"
+
+
+def cached_attention(
+    q: Heads,
+    keys: Float[Array, "B K S C"],
+    values: Float[Array, "B K S C"],
+    positions: Int[Array, "B T"],
+    *,
+    window: int,
+) -> Heads:
+    """Queries at their own absolute positions against a cache that already holds their keys."""
+    slots = jnp.arange(keys.shape[2])
+    behind = positions[:, None, :, None] - slots[None, None, None, :]  # (B, 1, T, S)
+    return _attend(jnp.swapaxes(q, 1, 2), keys, values, (behind >= 0) & (behind <= window))
+
+
+def _reference_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return cached_attention(
+        q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions, window=window
+    )
+
+
+def _blocked_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
+    length = q.shape[1]
+    block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # (B, H, T, C)
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = max(0, start - window)
+        behind = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        visible = (behind >= 0) & (behind <= window)
+        seen = slice(first, stop)
+        outputs.append(_attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], visible))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _cudnn_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
+    """Asked for by name: with None, JAX picks XLA. A (w, 0) window covers w + 1 keys, as ours."""
+    local = None if window >= q.shape[1] else (window, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+def _attend(
+    q: Float[Array, "B H T C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
+    visible: Bool[Array, "*B T S"],
+) -> Heads:
+    """Softmax attention under a mask, heads leading; returns time before heads."""
+    rows, heads, length, width = q.shape
+    grouped = q.reshape(rows, k.shape[1], -1, length, width)  # (B, K, G, T, C)
+    scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    mask = visible[:, :, None] if visible.ndim == 4 else visible  # (B, 1, 1, T, S) or (T, S)
+    scores = jnp.where(mask, scores / math.sqrt(width), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgts,bksc->bkgtc", weights, v)
+    return jnp.swapaxes(mixed.reshape(rows, heads, length, width), 1, 2)

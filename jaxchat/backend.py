@@ -1,0 +1,163 @@
+"""What a backend can do: the seam between the pipeline and the framework that runs it.
+
+`JaxBackend` and `torch_ref`'s `TorchBackend` implement `Backend`; scripts, evaluation and the
+Engine see only this file, numpy arrays and opaque caches. A backend owns one model (and, while
+training, its optimizer state) on its devices. Nothing here imports jax or torch: the class is
+looked up by name, so `--help` stays fast and a machine needs only the framework it uses.
+"""
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
+from jaxchat.schedule import StepSchedule
+
+IGNORE = -1
+"""Target id of a position that does not count."""
+
+BACKENDS = {"jax": "jaxchat.jax_backend:JaxBackend", "torch": "torch_ref.torch_backend:TorchBackend"}
+
+DEFAULT_BACKEND = "torch" if sys.platform == "darwin" else "jax"
+
+Cache = Any
+"""A backend's own KV cache; callers only hand it back."""
+
+
+class Scores(NamedTuple):
+    """What a model thinks of given text."""
+
+    nll: np.ndarray
+    """(B, T) float32: nats of each target, 0 where the target is ignored."""
+    greedy: np.ndarray
+    """(B, T) int32: the most likely next token at each position."""
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One dispatch of decoding: every array has one entry per cache row."""
+
+    tokens: np.ndarray
+    """(S,) int32: the newest token of each row, not yet in the cache."""
+    lengths: np.ndarray
+    """(S,) int32: tokens each row holds in the cache."""
+    budgets: np.ndarray
+    """(S,) int32: most tokens to sample in this dispatch; 0 leaves a row alone."""
+    uniforms: np.ndarray
+    """(S, N) float32: the random number of each row's next N tokens; N bounds the dispatch."""
+    params: tuple[SamplingParams | None, ...]
+    """The sampling parameters of each row; None for rows left alone."""
+    stop_ids: frozenset[int]
+    """Tokens after which a row waits for the host."""
+
+
+class DecodeResult(NamedTuple):
+    """What a dispatch sampled; row b's tokens are `tokens[b, :counts[b]]`, a stop id included."""
+
+    cache: Cache
+    tokens: np.ndarray
+    """(S, N) int32."""
+    logprobs: np.ndarray
+    """(S, N) float32: log-probability of each token under the unfiltered distribution."""
+    counts: np.ndarray
+    """(S,) int32. The cache has grown by as many tokens: the last sampled one is not yet in it."""
+
+
+class Backend(Protocol):
+    """A model on its devices: build it with a config, then `init`, `load` or `set_params`."""
+
+    name: str
+    config: GPTConfig
+
+    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+        """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default."""
+        ...
+
+    # --- weights -------------------------------------------------------------------------------
+
+    def init(self, seed: int) -> None:
+        """Draw fresh weights."""
+        ...
+
+    def get_params(self) -> dict[str, np.ndarray]:
+        """Every weight by dotted name, float32, in the (out, in) layout; padded vocabulary."""
+        ...
+
+    def set_params(self, params: Mapping[str, np.ndarray]) -> None:
+        """Replace the weights. ValueError lists missing, extra and misshapen names."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the weights, and the optimizer state when training, into a new directory.
+
+        May return before the bytes are on disk; `wait` blocks until they are.
+        """
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote: weights, and the optimizer state when training has started."""
+        ...
+
+    def wait(self) -> None:
+        """Block until saves are on disk and raise what went wrong in them."""
+        ...
+
+    # --- training ------------------------------------------------------------------------------
+
+    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
+        """Make a fresh optimizer state for the present weights."""
+        ...
+
+    def train_step(
+        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+    ) -> Mapping[str, Any]:
+        """One optimizer step on (A, B, T) int32: A micro-batches of B rows.
+
+        Returns scalars (`loss` in nats per counted target, `grad_norm`) that may still be on their
+        way: converting one to float waits for it.
+        """
+        ...
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
+        """Teacher-forced scores of (B, T) int32; targets below 0 are ignored.
+
+        Compiles once per shape: callers pad to few shapes.
+        """
+        ...
+
+    # --- generation ----------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, max_length: int) -> Cache:
+        """An empty KV cache of `rows` conversations of at most `max_length` tokens."""
+        ...
+
+    def prefill(self, cache: Cache, row: int, ids: np.ndarray, start: int) -> tuple[Cache, np.ndarray]:
+        """Put `ids` (n,) into `row` from position `start` on, replacing what stood there.
+
+        Returns the cache and the (V,) float32 logits after the last of them. `start` > 0 continues
+        what the row already holds. The passed cache must not be used again.
+        """
+        ...
+
+    def decode(self, cache: Cache, batch: DecodeBatch) -> DecodeResult:
+        """Feed each row's newest token, sample the next, and repeat on the device.
+
+        A row stops at its budget or after a stop id; the dispatch ends when all rows have. The
+        sampler is `jaxchat.sampling.sample`. The passed cache must not be used again.
+        """
+        ...
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class behind `--backend NAME`."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    module, attribute = BACKENDS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,51 @@
+"""The command line: one frozen dataclass in, one call of `main` out.
+
+Every script declares its options as a dataclass whose attribute docstrings become `--help`, and
+ends in `cli.run(main, Config)`. What a user can get wrong (`ValueError`, `OSError`) is printed as
+one message without a traceback and exits with status 2; everything else is our own bug and keeps
+its traceback. This is the only module that knows tyro.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+ConfigT = TypeVar("ConfigT")
+
+arg = tyro.conf.arg
+"""Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """Build `config_class` from command-line words (`sys.argv` when None).
+
+    Dashes and underscores are interchangeable in flag names. Exits with status 2 and the nearest
+    flag on a word it does not know.
+    """
+    module = sys.modules[config_class.__module__]
+    name = (module.__spec__.name if module.__spec__ else None) or config_class.__module__
+    return tyro.cli(
+        config_class,
+        prog=f"python -m {name}",
+        description=module.__doc__,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
+    """Parse the command line, call `main`, and turn a user's mistake into one clear message."""
+    config = parse(config_class)
+    try:
+        main(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXCHAT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
