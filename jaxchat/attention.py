@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 Heads = Float[Array, "B T H C"]
@@ -40,7 +41,7 @@ def attention(
     raise ValueError(f"attention {kernel!r}: choose cudnn, blocked or reference")
 
 
-def default_implementation(dtype: jnp.dtype) -> str:
+def default_implementation(dtype: DTypeLike) -> str:
     """cuDNN where it can run (NVIDIA, half precision), blocked XLA elsewhere."""
     half = dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if jax.default_backend() == "gpu" and half else "blocked"
@@ -78,7 +79,8 @@ def _blocked_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Head
         behind = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
         visible = (behind >= 0) & (behind <= window)
         seen = slice(first, stop)
-        outputs.append(_attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], visible))
+        mask = visible[None, None]  # (1, 1, T, S)
+        outputs.append(_attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -94,13 +96,13 @@ def _attend(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    visible: Bool[Array, "*B T S"],
+    visible: Bool[Array, "#B 1 T S"],
 ) -> Heads:
     """Softmax attention under a mask, heads leading; returns time before heads."""
     rows, heads, length, width = q.shape
     grouped = q.reshape(rows, k.shape[1], -1, length, width)  # (B, K, G, T, C)
     scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    mask = visible[:, :, None] if visible.ndim == 4 else visible  # (B, 1, 1, T, S) or (T, S)
+    mask = visible[:, :, None]  # (B, 1, 1, T, S)
     scores = jnp.where(mask, scores / math.sqrt(width), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     mixed = jnp.einsum("bkgts,bksc->bkgtc", weights, v)

@@ -21,12 +21,28 @@ from jaxchat.schedule import StepSchedule
 IGNORE = -1
 """Target id of a position that does not count."""
 
-BACKENDS = {"jax": "jaxchat.jax_backend:JaxBackend", "torch": "torch_ref.torch_backend:TorchBackend"}
+BACKENDS = {
+    "jax": "jaxchat.jax_backend:JaxBackend",
+    "torch": "torch_ref.torch_backend:TorchBackend",
+}
 
 DEFAULT_BACKEND = "torch" if sys.platform == "darwin" else "jax"
 
 Cache = Any
 """A backend's own KV cache; callers only hand it back."""
+
+
+class DeviceInfo(NamedTuple):
+    """The hardware a backend runs on."""
+
+    platform: str
+    """`cpu`, `gpu`, `tpu` or `mps`."""
+    count: int
+    """Devices that share a batch: micro-batches are a multiple of it."""
+    description: str
+    """For people: `8 x NVIDIA H100 80GB HBM3`."""
+    peak_flops: float | None
+    """Peak FLOP/s of all devices in the compute dtype; None where nobody states one."""
 
 
 class Scores(NamedTuple):
@@ -73,6 +89,7 @@ class Backend(Protocol):
 
     name: str
     config: GPTConfig
+    devices: DeviceInfo
 
     def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
         """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default."""
@@ -138,11 +155,24 @@ class Backend(Protocol):
         """An empty KV cache of `rows` conversations of at most `max_length` tokens."""
         ...
 
-    def prefill(self, cache: Cache, row: int, ids: np.ndarray, start: int) -> tuple[Cache, np.ndarray]:
+    def prefill(
+        self, cache: Cache, row: int, ids: np.ndarray, start: int
+    ) -> tuple[Cache, np.ndarray]:
         """Put `ids` (n,) into `row` from position `start` on, replacing what stood there.
 
-        Returns the cache and the (V,) float32 logits after the last of them. `start` > 0 continues
-        what the row already holds. The passed cache must not be used again.
+        Returns the cache and the (V,) float32 logits after the last of them. `start` may be any
+        position up to the number of tokens that the row holds: what lies before it is kept, what
+        lies behind the new tokens is forgotten. A row can thus be continued or rewound to a common
+        prefix; whatever the first new token needs of its predecessor (smearing needs the un-smeared
+        embedding) must follow from what the row holds at `start` - 1, so a cache keeps the ids.
+        ValueError when the row is too short. The passed cache must not be used again.
+        """
+        ...
+
+    def copy_row(self, cache: Cache, source: int, target: int, length: int) -> Cache:
+        """Make `target` hold the first `length` tokens of `source`, as if prefilled with them.
+
+        The passed cache must not be used again.
         """
         ...
 

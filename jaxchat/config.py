@@ -51,7 +51,7 @@ class GPTConfig:
     n_embd: int = 768
     """Width of the residual stream."""
     window_pattern: str = "SSSL"
-    """Attention reach, tiled over the layers: L sees everything, S a quarter; the last layer is L."""
+    """Attention reach, tiled over the layers: L everything, S a quarter; the last is always L."""
     rope_base: float = 100_000.0
     """Base of the rotary frequencies."""
     qk_gain: float = 1.2
@@ -310,6 +310,27 @@ def plan_training(
         weight_decay=optimizer.weight_decay * batch_scale * reference_tokens / ratio_tokens,
         target_tokens=batch * num_iterations,
     )
+
+
+def micro_batches(
+    plan: TrainingPlan, *, sequence_len: int, device_batch_size: int, devices: int
+) -> int:
+    """How many micro-batches of `device_batch_size` rows per device make one optimizer step.
+
+    ValueError, with sizes that would do, when they do not make a whole number.
+    """
+    if device_batch_size < 1:
+        raise ValueError(f"device_batch_size={device_batch_size} must be at least 1")
+    micro_tokens = device_batch_size * devices * sequence_len
+    count, rest = divmod(plan.total_batch_size, micro_tokens)
+    if rest or not count:
+        raise ValueError(
+            f"total_batch_size={plan.total_batch_size:,} tokens is not a multiple of "
+            f"device_batch_size={device_batch_size} x {devices} device(s) x "
+            f"sequence_len={sequence_len} = {micro_tokens:,}; use --total-batch-size "
+            f"{max(1, count) * micro_tokens} or a smaller --device-batch-size"
+        )
+    return count
 
 
 def _reference_shape(config: GPTConfig, aspect_ratio: int) -> GPTConfig:

@@ -2,34 +2,36 @@
 
 Rows are independent conversations of different lengths. Sizes never change, so one compiled step
 serves every token; what lies beyond a row's length is garbage that the mask hides until it is
-overwritten. Keys and values are stored (B, K, S, C): a decode step then reads them in the order in
-which it multiplies them.
+overwritten. A row may be rewound to any earlier length by setting `lengths`, because the cache
+keeps the ids themselves: what smearing needs of the token before is looked up again. Keys and
+values are stored (B, K, S, C): a decode step then reads them in the order in which it multiplies
+them.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxchat.config import GPTConfig
 
 
 class KVCache(NamedTuple):
-    """Keys, values and the last embedding of B rows of at most S tokens."""
+    """Keys, values and ids of B rows of at most S tokens."""
 
     keys: tuple[Float[Array, "B K S C"], ...]
     """One array per layer: rotated, normed, gained."""
     values: tuple[Float[Array, "B K S C"], ...]
     """One array per layer, value embeddings included."""
-    last_embedding: Float[Array, "B D"]
-    """The newest token's normed embedding before smearing: the next token's smear needs it."""
+    ids: Int[Array, "B 1 S 1"]
+    """The tokens, shaped as keys of one head and one channel."""
     lengths: Int[Array, " B"]
     """Tokens each row holds."""
 
     @property
     def max_length(self) -> int:
-        return self.keys[0].shape[2]
+        return self.ids.shape[2]
 
 
 def make_cache(config: GPTConfig, rows: int, max_length: int, dtype: jnp.dtype) -> KVCache:
@@ -38,29 +40,79 @@ def make_cache(config: GPTConfig, rows: int, max_length: int, dtype: jnp.dtype) 
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)),
         values=tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)),
-        last_embedding=jnp.zeros((rows, config.n_embd), dtype),
+        ids=jnp.zeros((rows, 1, max_length, 1), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
     )
 
 
 def append(
-    stored: Float[Array, "B K S C"], new: Float[Array, "B T K C"], starts: Int[Array, " B"]
-) -> Float[Array, "B K S C"]:
-    """Write T new entries into every row from its own `starts` on."""
+    stored: Shaped[Array, "B K S C"],
+    new: Shaped[Array, "B T K C"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+) -> Shaped[Array, "B K S C"]:
+    """Write the first `counts` of T new entries into every row from its own `starts` on.
 
-    def write(row: Array, entries: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, entries, start, axis=1)
+    Nothing else changes, at the end of a full row either: where T entries would not fit, the slice
+    that is written begins earlier and keeps what it covers.
+    """
+    length = new.shape[1]
+    firsts = jnp.minimum(starts, stored.shape[2] - length)
+    entries = jnp.swapaxes(new, 1, 2).astype(stored.dtype)
+    for row in range(len(new)):  # unrolled: updates in place, where a batched scatter would copy
+        begin = (row, 0, firsts[row], 0)
+        old = jax.lax.dynamic_slice(stored, begin, (1, *entries.shape[1:]))
+        source = firsts[row] + jnp.arange(length) - starts[row]  # (T,): which entry lands here
+        fresh = entries[row : row + 1]
+        if length > 1:
+            fresh = jnp.roll(fresh, starts[row] - firsts[row], axis=2)
+        write = ((source >= 0) & (source < counts[row]))[None, None, :, None]
+        stored = jax.lax.dynamic_update_slice(stored, jnp.where(write, fresh, old), begin)
+    return stored
 
-    return jax.vmap(write)(stored, jnp.swapaxes(new, 1, 2).astype(stored.dtype), starts)
+
+def newest_ids(cache: KVCache) -> Int[Array, " B"]:
+    """The last token of every row; 0 in an empty one."""
+    last = jnp.maximum(cache.lengths - 1, 0)[:, None]
+    ids = jnp.take_along_axis(cache.ids[:, 0, :, 0], last, axis=1)[:, 0]
+    return jnp.where(cache.lengths > 0, ids, 0)
 
 
-def read_row(cache: KVCache, row: Int[Array, ""]) -> KVCache:
-    """One row as a cache of its own (B = 1)."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0), cache)
+def crop(cache: KVCache, max_length: int) -> KVCache:
+    """The first `max_length` positions of every row, as a smaller cache."""
+    keys, values, ids = jax.tree.map(lambda x: x[:, :, :max_length], tuple(cache[:3]))
+    return KVCache(keys, values, ids, cache.lengths)
 
 
-def write_row(cache: KVCache, row: Int[Array, ""], part: KVCache) -> KVCache:
-    """Put a row that `read_row` took out back in its place."""
-    return jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, row, axis=0), cache, part
+def paste(cache: KVCache, part: KVCache) -> KVCache:
+    """Put what `crop` took out back in its place."""
+    origin = (0, 0, 0, 0)
+    keys, values, ids = jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice(x, y, origin), tuple(cache[:3]), tuple(part[:3])
     )
+    return KVCache(keys, values, ids, part.lengths)
+
+
+def read_row(
+    cache: KVCache, row: Int[Array, ""], start: Int[Array, ""] | int, length: int
+) -> KVCache:
+    """`length` positions of one row as a cache of its own (B = 1)."""
+
+    def take(x: Shaped[Array, "B K S C"]) -> Shaped[Array, "1 K _ C"]:
+        return jax.lax.dynamic_slice(x, (row, 0, start, 0), (1, x.shape[1], length, x.shape[3]))
+
+    keys, values, ids = jax.tree.map(take, tuple(cache[:3]))
+    return KVCache(keys, values, ids, jax.lax.dynamic_slice_in_dim(cache.lengths, row, 1))
+
+
+def write_row(
+    cache: KVCache, row: Int[Array, ""], start: Int[Array, ""] | int, part: KVCache
+) -> KVCache:
+    """Put positions that `read_row` took out of a row back in their place."""
+    keys, values, ids = jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice(x, y, (row, 0, start, 0)),
+        tuple(cache[:3]),
+        tuple(part[:3]),
+    )
+    lengths = jax.lax.dynamic_update_slice_in_dim(cache.lengths, part.lengths, row, axis=0)
+    return KVCache(keys, values, ids, lengths)

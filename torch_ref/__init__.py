@@ -1,1 +1,1 @@
-"""The PyTorch reference: the same model, optimizer and Backend, for CUDA, MPS and the parity suite."""
+"""The PyTorch reference: the same model, optimizer and Backend, for CUDA, MPS and parity."""

@@ -1,6 +1,27 @@
-//! placeholder
+//! Byte-pair encoding, exact: a trainer, an encoder, and their Python bindings.
+//!
+//! Training counts the pieces that a split pattern cuts from text, then merges the most frequent
+//! adjacent pair until the vocabulary is full: largest count first, ties by the smallest (left id,
+//! right id). Byte `b` is id `b`, merge `i` is id `256 + i`. Encoding applies the same merges in
+//! order of rank inside each piece. The algorithm knows no Python; `python.rs` knows no algorithm.
+
+mod encode;
+mod train;
+
 #[cfg(feature = "python")]
-#[pyo3::pymodule]
-fn rustbpe(_m: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
-    Ok(())
-}
+mod python;
+
+pub use encode::Encoder;
+pub use train::{count_pieces, train, PieceCounts};
+
+/// An adjacent pair of token ids.
+pub type Pair = (u32, u32);
+
+/// What can go wrong, in words for the user.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// The split pattern of GPT-4 (`cl100k_base`), the default of training.
+pub const GPT4_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+);

@@ -1,0 +1,39 @@
+# The few commands of everyday work. Each sets up what it needs.
+
+.PHONY: setup fmt check test slow smoke bench
+
+setup:
+	bash -c 'set -e; . scripts/setup.sh'
+
+# Rewrite the sources in the house's format.
+fmt: setup
+	uv run --no-sync ruff format .
+	uv run --no-sync ruff check --fix .
+	cargo fmt
+
+# Lint, types, floors.
+check: setup
+	uv run --no-sync ruff format --check .
+	uv run --no-sync ruff check .
+	uv run --no-sync pyrefly check
+	uv run --no-sync lint-imports
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+
+# The fast tests, Python and Rust.
+test: setup
+	uv run --no-sync pytest tests -m "not slow"
+	cargo test -p rustbpe
+
+# Every test.
+slow: setup
+	uv run --no-sync pytest tests
+
+# The whole pipeline on a toy model, in a folder of its own, in under three minutes.
+smoke:
+	JAXCHAT_TIER=smoke JAXCHAT_BASE_DIR=$${JAXCHAT_SMOKE_DIR:-$$(mktemp -d)} bash speedrun_jax.sh
+
+# Tables for LOG.md.
+bench: setup
+	uv run --no-sync python -m benchmarks.tokenizer

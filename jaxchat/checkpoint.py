@@ -1,0 +1,217 @@
+"""Checkpoints on disk: `base_checkpoints/d12/step_002520/{params,optimizer,meta.json}`.
+
+The backend writes the arrays, this module decides names and makes a checkpoint appear whole or not
+at all: everything goes to a `.tmp` folder, which is renamed when the last byte is down. A folder
+under its final name is therefore complete. `meta.json` holds what the arrays do not: configuration,
+loader state, metrics, the tokenizer's fingerprint.
+"""
+
+import json
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxchat.artifacts import base_dir
+from jaxchat.backend import Backend, backend_class
+from jaxchat.config import GPTConfig
+from jaxchat.tokenizer import Tokenizer
+
+STAGE_FOLDERS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+"""Where each stage of the pipeline keeps its models, below the base directory."""
+
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to use, with the tokenizer it was trained with."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    meta: Mapping[str, Any]
+
+
+def stage_directory(source: str, model_tag: str) -> Path:
+    """The folder that holds the checkpoints of one model of one stage."""
+    if source not in STAGE_FOLDERS:
+        raise ValueError(f"source {source!r}: choose one of {', '.join(STAGE_FOLDERS)}")
+    return base_dir() / STAGE_FOLDERS[source] / model_tag
+
+
+class CheckpointStore:
+    """The checkpoints of one run; keeps the newest `keep` of them."""
+
+    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+        self.directory, self.keep = directory, keep
+        self._commit: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        found = self.directory.glob(f"step_*/{META}")
+        matches = [re.fullmatch(r"step_(\d+)", path.parent.name) for path in found]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step_{step:06d}"
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays of `step`."""
+        return json.loads((self.path(step) / META).read_text())
+
+    def restore(self, backend: Backend, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Load the newest readable checkpoint and return its meta; None when there is none.
+
+        `facts` are what the run is made of; ValueError when the checkpoint was made of something
+        else. A checkpoint that does not load is skipped with a warning for the one before.
+        """
+        for step in reversed(self.steps()):
+            try:
+                meta = self.read_meta(step)
+                self._check_same_run(meta, {"model": asdict(backend.config), **facts}, step)
+                backend.load(self.path(step))
+            except _Mismatch:
+                raise
+            except Exception as error:  # whatever a damaged file makes the readers raise
+                print(f"warning: skipping {self.path(step)}, it cannot be read: {error}")
+                continue
+            return meta
+        return None
+
+    def _check_same_run(self, meta: Mapping, facts: Mapping[str, Any], step: int) -> None:
+        # through JSON, because that is how the checkpoint's own facts have travelled
+        wanted = json.loads(json.dumps(facts))
+        differing = [
+            f"{name}: {_difference(meta.get(name), value)}"
+            for name, value in wanted.items()
+            if meta.get(name) != value
+        ]
+        if differing:
+            raise _Mismatch(
+                f"{self.path(step)} belongs to another run:\n  "
+                + "\n  ".join(differing)
+                + "\ncontinue it with its own options, name this run with --model-tag, "
+                "or start over with --resume never"
+            )
+
+    def save(self, step: int, backend: Backend, meta: Mapping[str, Any]) -> None:
+        """Start writing a checkpoint; `finish`, or the next save, waits until it is on disk."""
+        self.finish()
+        target = self.path(step)
+        staging = target.with_suffix(".tmp")
+        self._make_room(staging)
+        backend.save(staging)
+        record = {"step": step, "backend": backend.name, "model": asdict(backend.config), **meta}
+        (staging / META).write_text(json.dumps(record, indent=1))
+        self._commit = threading.Thread(target=self._publish, args=(backend, staging, target))
+        self._commit.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way and raise what went wrong in it."""
+        if self._commit is not None:
+            self._commit.join()
+            self._commit = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _publish(self, backend: Backend, staging: Path, target: Path) -> None:
+        try:
+            backend.wait()
+            if target.exists():
+                shutil.rmtree(target)
+            staging.rename(target)
+            for step in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(step))
+        except BaseException as error:  # handed to the caller by finish()
+            self._error = error
+
+    def _make_room(self, staging: Path) -> None:
+        """An empty staging folder, after checking that another checkpoint fits on the disk."""
+        for leftover in self.directory.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+        staging.mkdir(parents=True)
+        previous = self.steps()
+        if previous:
+            files = [p for p in self.path(previous[-1]).rglob("*") if p.is_file()]
+            needed = sum(p.stat().st_size for p in files)
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:
+                staging.rmdir()
+                raise OSError(
+                    f"no room for a checkpoint in {self.directory}: it needs {needed:,} bytes and "
+                    f"{free:,} are free; make room, or set JAXCHAT_BASE_DIR to another disk, and "
+                    "run the same command again"
+                )
+
+
+class _Mismatch(ValueError):
+    """A readable checkpoint of another run."""
+
+
+def _difference(saved: Any, wanted: Any) -> str:
+    """`lr 0.02, now 0.01` for the entries of two dicts that differ, or the two values."""
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        names = sorted(saved.keys() | wanted.keys())
+        pairs = [(n, saved.get(n), wanted.get(n)) for n in names if saved.get(n) != wanted.get(n)]
+        return ", ".join(f"{name} {_difference(a, b)}" for name, a, b in pairs)
+    return f"{saved}, now {wanted}"
+
+
+def find_model_tag(source: str) -> str:
+    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form."""
+    folder = stage_directory(source, ".")
+    tags = [path.name for path in folder.glob("*") if CheckpointStore(path).steps()]
+    if not tags:
+        raise FileNotFoundError(
+            f"no {source} model in {folder}: train one with python -m scripts.{source}_train"
+        )
+    depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
+    if depths:
+        return max(depths, key=lambda tag: depths[tag])
+    return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
+
+
+def load_model(
+    source: str,
+    *,
+    backend: str,
+    model_tag: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+) -> LoadedModel:
+    """Load the weights of a stage's model: by tag and step, or the deepest and the newest."""
+    store = CheckpointStore(stage_directory(source, model_tag or find_model_tag(source)))
+    steps = store.steps()
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"no checkpoint {'' if step is None else f'of step {step} '}in {store.directory}; "
+            f"steps there: {', '.join(map(str, steps)) or 'none'}"
+        )
+    step = steps[-1] if step is None else step
+    meta = store.read_meta(step)
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    check_tokenizer(meta, tokenizer, store.path(step))
+    model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype)
+    model.load(store.path(step))
+    return LoadedModel(model, tokenizer, meta)
+
+
+def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:
+    """Raise when a checkpoint was trained with another tokenizer than the one at hand."""
+    trained_with = meta.get("tokenizer")
+    if trained_with != tokenizer.fingerprint:
+        raise ValueError(
+            f"{path} was trained with tokenizer {trained_with}, but the base directory holds "
+            f"{tokenizer.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, or train "
+            "the model again"
+        )

@@ -1,0 +1,334 @@
+"""Documents to packed rows: best fit, no padding, and a state that resumes exactly.
+
+Every row starts with bos. It is filled with the largest document of a buffer that still fits;
+when none does, the shortest is cropped to fill it, and what is cut off is counted. Rows come from
+a fixed number of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so
+the order depends on seed, corpus and tokenizer alone, never on how many devices or processes read
+it. A process owns whole streams and reads only those.
+
+The state holds addresses, not tokens: each stream's place in the corpus and the documents waiting
+in its buffer, which are read again on resume. Left out: supervision masks (conversation.py).
+"""
+
+import bisect
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from jaxchat.dataset import Corpus
+
+NUM_STREAMS = 8
+"""Logical streams; a number of processes that divides it can share a run."""
+
+BUFFER_DOCS = 1000
+"""Documents a stream chooses from."""
+
+REFILL_DOCS = 64
+"""Documents read beyond that at a time."""
+
+PREFETCH_BATCHES = 4
+"""Batches that wait ready for the training step."""
+
+
+class Encoder(Protocol):
+    """What the loader needs of a tokenizer."""
+
+    bos_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+
+class Batch(NamedTuple):
+    """Rows of token ids, and the same rows one token later."""
+
+    inputs: np.ndarray
+    """(B, T) int32."""
+    targets: np.ndarray
+    """(B, T) int32."""
+
+
+class Address(NamedTuple):
+    """A document's place in its corpus."""
+
+    shard: int
+    group: int
+    row: int
+
+
+class PackedLoader:
+    """An endless iterator of batches; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Encoder,
+        *,
+        split: str,
+        rows_per_batch: int,
+        sequence_len: int,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`rows_per_batch` counts the rows of all processes; each hands out its share of them.
+
+        `state` continues where another loader's `state()` was taken. ValueError when it belongs to
+        other data, or when sizes do not divide.
+        """
+        if process_count > 1 and (NUM_STREAMS % process_count or rows_per_batch % NUM_STREAMS):
+            raise ValueError(
+                f"{process_count} processes must divide the {NUM_STREAMS} data streams, and "
+                f"these the {rows_per_batch} rows of a batch; choose sizes that do"
+            )
+        if rows_per_batch < 1 or sequence_len < 1:
+            raise ValueError(f"{rows_per_batch=} and {sequence_len=} must be at least 1")
+        self._identity = {
+            "corpus": corpus.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "split": split,
+            "sequence_len": sequence_len,
+            "seed": seed,
+        }
+        if state is not None:
+            _check_identity(self._identity, state["identity"])
+        owned = [s for s in range(NUM_STREAMS) if s % process_count == process_index]
+        reader = _Reader(corpus, split, tokenizer)
+        saved = {} if state is None else state["streams"]
+        self._streams = {s: _Stream(reader, s, seed, saved.get(str(s))) for s in owned}
+        self._rows_per_batch, self._length = rows_per_batch, sequence_len
+        self._rows = 0 if state is None else state["rows"]
+        self._snapshot = self._take()
+        self._queue: queue.Queue = queue.Queue(maxsize=PREFETCH_BATCHES)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        batch, self._snapshot = item
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stop.set()
+        while self._thread.is_alive():
+            _drain(self._queue)
+            self._thread.join(timeout=0.01)
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the split begun, counted from 0, by the stream that is least far."""
+        return min(stream["epoch"] for stream in self.state()["streams"].values())
+
+    @property
+    def cropped_share(self) -> float:
+        """Share of the tokens read so far that was cut off to fill rows."""
+        streams = self.state()["streams"].values()
+        cut, kept = (sum(s[name] for s in streams) for name in ("cropped", "kept"))
+        return cut / max(1, cut + kept)
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches handed out so far end: small, and ready for JSON."""
+        rows, streams = self._snapshot
+        return {
+            "identity": self._identity,
+            "rows": rows,
+            "streams": {str(s): _describe(place) for s, place in streams.items()},
+        }
+
+    def _take(self) -> tuple[int, dict[int, "_Place"]]:
+        return self._rows, {s: stream.place() for s, stream in self._streams.items()}
+
+    def _produce(self) -> None:
+        try:
+            while not self._stop.is_set():
+                batch = self._next_batch()
+                self._put((batch, self._take()))
+        except BaseException as error:  # raised again by the reader of the queue
+            self._put(error)
+
+    def _put(self, item: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _next_batch(self) -> Batch:
+        numbers = range(self._rows, self._rows + self._rows_per_batch)
+        mine = [r % NUM_STREAMS for r in numbers if r % NUM_STREAMS in self._streams]
+        rows = np.stack([self._streams[s].next_row(self._length + 1) for s in mine])
+        self._rows += self._rows_per_batch
+        return Batch(rows[:, :-1].copy(), rows[:, 1:].copy())
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of the states that the processes of a run took at the same step."""
+    merged = dict(states[0])
+    merged["streams"] = {name: place for state in states for name, place in state["streams"].items()}
+    return merged
+
+
+class _Place(NamedTuple):
+    """A stream's position: pass, group of the pass, document of the group, buffer, and counts."""
+
+    epoch: int
+    group: int
+    doc: int
+    entered: int
+    kept: int
+    cropped: int
+    buffer: tuple[tuple[int, int, Address], ...]
+
+
+def _describe(place: _Place) -> dict[str, Any]:
+    record = place._asdict()
+    record["buffer"] = [[-order, *address] for _, order, address in place.buffer]
+    return record
+
+
+class _Reader:
+    """Groups of documents, and the order of one pass over them."""
+
+    def __init__(self, corpus: Corpus, split: str, tokenizer: Encoder) -> None:
+        self.corpus, self.split, self.tokenizer = corpus, split, tokenizer
+        self.groups = corpus.groups(split)
+        self.documents = sum(count for _, _, count in self.groups)
+        if not self.documents:
+            raise ValueError(f"corpus {corpus.name} has no documents in split {split!r}")
+        # few groups cannot be dealt to the streams evenly: deal the documents of every group
+        self.deals_groups = len(self.groups) >= 4 * NUM_STREAMS
+        self.texts = lru_cache(maxsize=2 * NUM_STREAMS)(self._texts)
+
+    def _texts(self, shard: int, group: int) -> list[str]:
+        return self.corpus.read_group(self.split, shard, group)
+
+    def order(self, stream: int, seed: int, epoch: int) -> list[tuple[int, int, int]]:
+        """The groups of one pass for one stream."""
+        shuffled = np.random.default_rng([seed, epoch]).permutation(len(self.groups))
+        dealt = shuffled[stream::NUM_STREAMS] if self.deals_groups else shuffled
+        return [self.groups[i] for i in dealt]
+
+    def rows(self, stream: int, seed: int, epoch: int, group: tuple[int, int, int]) -> np.ndarray:
+        """The documents of a group that are the stream's, in the order of this pass."""
+        shard, number, count = group
+        shuffled = np.random.default_rng([seed, epoch, shard, number]).permutation(count)
+        return shuffled if self.deals_groups else shuffled[stream::NUM_STREAMS]
+
+    def tokens(self, addresses: Sequence[Address]) -> list[np.ndarray]:
+        """bos and the tokens of each document, (n + 1,) int32."""
+        texts = [self.texts(a.shard, a.group)[a.row] for a in addresses]
+        bos = np.array([self.tokenizer.bos_id], np.int32)
+        encoded = self.tokenizer.encode_batch(texts)
+        return [np.concatenate([bos, ids.astype(np.int32)]) for ids in encoded]
+
+
+class _Stream:
+    """One logical stream: a cursor over its documents and the buffer that rows are packed from."""
+
+    def __init__(
+        self, reader: _Reader, number: int, seed: int, place: Mapping[str, Any] | None
+    ) -> None:
+        self._reader, self._number, self._seed = reader, number, seed
+        share = -(-reader.documents // NUM_STREAMS)
+        self._capacity = min(BUFFER_DOCS, max(1, share // 2))
+        self._epoch, self._group, self._doc = (
+            (0, 0, 0) if place is None else (place["epoch"], place["group"], place["doc"])
+        )
+        self._entered = 0 if place is None else place["entered"]
+        self._kept, self._cropped = (0, 0) if place is None else (place["kept"], place["cropped"])
+        self._keys: list[tuple[int, int, Address]] = []
+        self._tokens: dict[int, np.ndarray] = {}
+        if place is not None:
+            self._refill([(order, Address(*where)) for order, *where in place["buffer"]])
+
+    def place(self) -> _Place:
+        return _Place(
+            self._epoch,
+            self._group,
+            self._doc,
+            self._entered,
+            self._kept,
+            self._cropped,
+            tuple(self._keys),
+        )
+
+    def next_row(self, length: int) -> np.ndarray:
+        """The next row, (length,) int32."""
+        row, filled = np.empty(length, np.int32), 0
+        while filled < length:
+            if len(self._keys) < self._capacity:
+                self._read_more()
+            document = self._choose(length - filled)
+            taken = document[: length - filled]
+            row[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            self._kept += len(taken)
+            self._cropped += len(document) - len(taken)
+        return row
+
+    def _choose(self, room: int) -> np.ndarray:
+        """Take the largest document that fits, the oldest of equals; else the shortest."""
+        index = bisect.bisect_right(self._keys, (room, 1)) - 1
+        _, order, _ = self._keys.pop(max(index, 0))
+        return self._tokens.pop(-order)
+
+    def _read_more(self) -> None:
+        """Fill the buffer, and a little over, so that documents are encoded many at a time."""
+        arrivals: list[tuple[int, Address]] = []
+        target = self._capacity + REFILL_DOCS
+        while len(self._keys) + len(arrivals) < target:
+            order = self._reader.order(self._number, self._seed, self._epoch)
+            if self._group >= len(order):
+                self._epoch, self._group, self._doc = self._epoch + 1, 0, 0
+                continue
+            shard, group, _ = order[self._group]
+            rows = self._reader.rows(self._number, self._seed, self._epoch, order[self._group])
+            wanted = target - len(self._keys) - len(arrivals)
+            for row in rows[self._doc : self._doc + wanted]:
+                arrivals.append((self._entered, Address(shard, group, int(row))))
+                self._entered += 1
+            self._doc += wanted
+            if self._doc >= len(rows):
+                self._group, self._doc = self._group + 1, 0
+        self._refill(arrivals)
+
+    def _refill(self, arrivals: Sequence[tuple[int, Address]]) -> None:
+        encoded = self._reader.tokens([address for _, address in arrivals])
+        for (order, address), tokens in zip(arrivals, encoded, strict=True):
+            bisect.insort(self._keys, (len(tokens), -order, address))
+            self._tokens[order] = tokens
+
+
+def _check_identity(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    differing = [f"{n} {saved.get(n)}, now {here[n]}" for n in here if saved.get(n) != here[n]]
+    if differing:
+        raise ValueError(
+            "the data of this run is not that of its checkpoint: " + "; ".join(differing)
+            + "; restore it, or start over with --resume never"
+        )
+
+
+def _drain(waiting: queue.Queue) -> None:
+    while True:
+        try:
+            waiting.get_nowait()
+        except queue.Empty:
+            return

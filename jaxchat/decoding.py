@@ -1,0 +1,240 @@
+"""Generation on the device: prefill and decode as jitted pure functions of (weights, cache).
+
+The one idea: few compiled shapes. A prompt is read in chunks whose lengths come from
+`CHUNK_LENGTHS`, and both functions see only the first `bucket` positions of the cache, the smallest
+bucket that holds what they attend to; everything else that varies is an array. A decode dispatch is
+a `while_loop` that samples up to N tokens per row before the host hears of it, and returns early
+when every row waits. The cache is donated and updated in place. Left out: which request sits in
+which row, and what its tokens mean (engine.py).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxchat import device_sampling, kv_cache
+from jaxchat.backend import DecodeBatch, DecodeResult
+from jaxchat.config import GPTConfig
+from jaxchat.device_sampling import RowParams
+from jaxchat.gpt import GPT
+from jaxchat.kv_cache import KVCache
+from jaxchat.params import Params, bind
+
+CHUNK_LENGTHS = (16, 64, 128, 256, 512)
+"""Tokens read in one prefill call; prompts are padded up to one of these, longer ones cut."""
+
+MIN_BUCKET = 256
+"""Fewest cache positions that a step attends to; larger buckets double."""
+
+
+class Decoder:
+    """The compiled functions of one model, and its weights in the compute dtype."""
+
+    def __init__(self, graphdef: nnx.GraphDef, config: GPTConfig) -> None:
+        self.config = config
+        self._source: Params | None = None
+        self._weights: Params = {}
+        self._cast = jax.jit(partial(_cast, graphdef))
+        self._read = jax.jit(partial(_read, graphdef), static_argnums=4)
+        self._write = jax.jit(_write, static_argnums=3, donate_argnums=0)
+        self._decode = jax.jit(partial(_decode, graphdef), static_argnums=3, donate_argnums=1)
+        self._copy_row = jax.jit(_copy_row, static_argnums=3, donate_argnums=0)
+
+    def prefill(
+        self, params: Params, cache: KVCache, row: int, ids: np.ndarray, start: int
+    ) -> tuple[KVCache, np.ndarray]:
+        """See `Backend.prefill`. Raises ValueError when the tokens do not fit into the row."""
+        if not len(ids) or start < 0 or start + len(ids) > cache.max_length:
+            raise ValueError(
+                f"cannot put {len(ids)} tokens at position {start} of a row of "
+                f"{cache.max_length}: give 1 to {cache.max_length - start}"
+            )
+        weights = self._prepare(params)
+        logits = None
+        for first in range(0, len(ids), CHUNK_LENGTHS[-1]):
+            chunk = np.asarray(ids[first : first + CHUNK_LENGTHS[-1]], np.int32)
+            begin = start + first
+            bucket = _bucket(begin + len(chunk), cache.max_length)
+            padded = np.zeros(min(_ceil(len(chunk), CHUNK_LENGTHS), bucket), np.int32)
+            padded[: len(chunk)] = chunk
+            where = _Place(np.int32(row), np.int32(begin), np.int32(len(chunk)))
+            window, logits = self._read(weights, cache, padded, where, bucket)
+            cache = self._write(cache, window, where, bucket)
+        return cache, np.asarray(logits)
+
+    def decode(self, params: Params, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
+        """See `Backend.decode`."""
+        rows, most = batch.uniforms.shape
+        budgets = np.minimum(batch.budgets, most).astype(np.int32)
+        needed = int((batch.lengths + budgets).max(where=budgets > 0, initial=1))
+        if needed > cache.max_length:
+            raise ValueError(
+                f"a row would hold {needed} tokens, the cache has room for {cache.max_length}: "
+                "lower its budget"
+            )
+        stops = np.zeros(self.config.vocab_size, bool)
+        stops[[id for id in batch.stop_ids if id < len(stops)]] = True
+        inputs = _DecodeInputs(
+            tokens=batch.tokens.astype(np.int32),
+            lengths=batch.lengths.astype(np.int32),
+            budgets=budgets,
+            uniforms=batch.uniforms.astype(np.float32),
+            params=device_sampling.row_params(batch.params),
+            stops=stops,
+        )
+        assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
+        bucket = _bucket(needed, cache.max_length)
+        cache, outputs = self._decode(self._prepare(params), cache, inputs, bucket)
+        return DecodeResult(cache, *map(np.asarray, outputs))
+
+    def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
+        """See `Backend.copy_row`."""
+        bucket = _bucket(length, cache.max_length)
+        return self._copy_row(cache, np.int32(source), np.int32(target), bucket)
+
+    def _prepare(self, params: Params) -> Params:
+        """The weights in the compute dtype, converted once for each set of them."""
+        if params is not self._source:
+            self._source, self._weights = params, self._cast(params)
+        return self._weights
+
+
+class _Place(NamedTuple):
+    """Where a chunk goes: `count` tokens into `row` from position `start` on."""
+
+    row: Int[Array, ""]
+    start: Int[Array, ""]
+    count: Int[Array, ""]
+
+
+class _DecodeInputs(NamedTuple):
+    """`DecodeBatch` as arrays."""
+
+    tokens: Int[Array, " S"]
+    lengths: Int[Array, " S"]
+    budgets: Int[Array, " S"]
+    uniforms: Float[Array, "S N"]
+    params: RowParams
+    stops: Bool[Array, " V"]
+
+
+class _Outputs(NamedTuple):
+    """What the rows have sampled so far."""
+
+    tokens: Int[Array, "S N"]
+    logprobs: Float[Array, "S N"]
+    counts: Int[Array, " S"]
+
+
+class _Loop(NamedTuple):
+    """What one decoding step hands to the next."""
+
+    step: Int[Array, ""]
+    cache: KVCache
+    newest: Int[Array, " S"]
+    stopped: Bool[Array, " S"]
+    outputs: _Outputs
+
+
+def _cast(graphdef: nnx.GraphDef, params: Params) -> Params:
+    """Every weight in the dtype that the model multiplies it in: a cast per step saved."""
+    dtype = _model(graphdef, params).dtype
+    return {name: value.astype(dtype) for name, value in params.items()}
+
+
+def _read(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    cache: KVCache,
+    ids: Int[Array, " T"],
+    place: _Place,
+    bucket: int,
+) -> tuple[KVCache, Float[Array, " V"]]:
+    """The positions of a row that reading a chunk changes, and the logits after it."""
+    model = _model(graphdef, params)
+    row = kv_cache.read_row(cache, place.row, 0, bucket)._replace(lengths=place.start[None])
+    hidden, row = model.hidden(ids[None], row, place.count[None])
+    last = jax.lax.dynamic_index_in_dim(hidden[0], place.count - 1)
+    first = _window_start(place, bucket, len(ids))
+    return kv_cache.read_row(row, jnp.int32(0), first, len(ids)), model.logits(last)[0]
+
+
+def _write(cache: KVCache, window: KVCache, place: _Place, bucket: int) -> KVCache:
+    """Put what `_read` changed into the cache, in place.
+
+    A program of its own: in one that also reads the row, XLA would work on copies of the cache.
+    """
+    first = _window_start(place, bucket, window.max_length)
+    return kv_cache.write_row(cache, place.row, first, window)
+
+
+def _window_start(place: _Place, bucket: int, length: int) -> Int[Array, ""]:
+    """Where the window of `length` positions that holds a chunk begins: it ends in the bucket."""
+    return jnp.minimum(place.start, bucket - length)
+
+
+def _decode(
+    graphdef: nnx.GraphDef, params: Params, cache: KVCache, inputs: _DecodeInputs, bucket: int
+) -> tuple[KVCache, _Outputs]:
+    model = _model(graphdef, params)
+    rows, most = inputs.uniforms.shape
+
+    def active(loop: _Loop) -> Bool[Array, " S"]:
+        return ~loop.stopped & (loop.step < inputs.budgets)
+
+    def step(loop: _Loop) -> _Loop:
+        running = active(loop)
+        hidden, cache = model.hidden(loop.newest[:, None], loop.cache, running.astype(jnp.int32))
+        uniforms = inputs.uniforms[:, loop.step]
+        tokens, logprobs = device_sampling.sample(
+            model.logits(hidden[:, 0]), inputs.params, uniforms
+        )
+        tokens = jnp.where(running, tokens, loop.newest)
+        outputs = _Outputs(
+            loop.outputs.tokens.at[:, loop.step].set(tokens),
+            loop.outputs.logprobs.at[:, loop.step].set(logprobs),
+            loop.outputs.counts + running.astype(jnp.int32),
+        )
+        stopped = loop.stopped | inputs.stops[tokens]
+        return _Loop(loop.step + 1, cache, tokens, stopped, outputs)
+
+    outputs = _Outputs(
+        jnp.zeros((rows, most), jnp.int32),
+        jnp.zeros((rows, most), jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+    )
+    part = kv_cache.crop(cache, bucket)._replace(lengths=inputs.lengths)
+    stopped = jnp.zeros(rows, bool)
+    first = _Loop(jnp.int32(0), part, inputs.tokens, stopped, outputs)
+    last = jax.lax.while_loop(lambda loop: active(loop).any(), step, first)
+    return kv_cache.paste(cache, last.cache), last.outputs
+
+
+def _copy_row(
+    cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], bucket: int
+) -> KVCache:
+    return kv_cache.write_row(cache, target, 0, kv_cache.read_row(cache, source, 0, bucket))
+
+
+def _model(graphdef: nnx.GraphDef, params: Params) -> GPT:
+    model = bind(graphdef, params)
+    assert isinstance(model, GPT)
+    return model
+
+
+def _bucket(length: int, most: int) -> int:
+    """The number of cache positions to work on: MIN_BUCKET doubled until `length` fits."""
+    bucket = MIN_BUCKET
+    while bucket < length:
+        bucket *= 2
+    return min(bucket, most)
+
+
+def _ceil(length: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= length)

@@ -1,0 +1,351 @@
+"""Generation for many requests at once, on any backend.
+
+Requests of different lengths share the rows ("slots") of one KV cache. The one idea: a slot is the
+list of ids that its row holds and the list of ids that are still to be read. What is pending
+decides what happens next: several ids (a prompt, the output of a tool) are prefilled, one id is
+decoded along with all other slots, up to `tokens_per_dispatch` tokens before the host looks again.
+So a new request joins between two dispatches, a prompt that begins with what a free slot still
+holds is read from there on, and the samples of one prompt share one prefill.
+
+Left out: threads, queues with limits and time-outs (the server), text of prompts (conversation.py).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxchat import sampling
+from jaxchat.backend import Backend, DecodeBatch
+from jaxchat.config import SamplingParams
+from jaxchat.reply import Reply
+from jaxchat.request import Completion, Event, Request
+from jaxchat.tokenizer import Tokenizer
+
+SLOTS = 8
+"""Rows of the cache, unless told otherwise."""
+
+TOKENS_PER_DISPATCH = 16
+"""Tokens per row between two looks of the host: at d6 on a CPU, 60-130 ms."""
+
+
+class Engine:
+    """Drives a backend; not thread-safe: one thread submits, steps and cancels."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = SLOTS,
+        max_length: int | None = None,
+        tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+    ) -> None:
+        """`max_length`: tokens a prompt and its reply may have; the model's context when None."""
+        context = backend.config.sequence_len
+        self.max_length = context if max_length is None else max_length
+        if slots < 1 or tokens_per_dispatch < 1 or not 1 <= self.max_length <= context:
+            raise ValueError(
+                f"slots={slots} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1, "
+                f"max_length={self.max_length} between 1 and the model's context of {context}"
+            )
+        self.backend, self.tokenizer = backend, tokenizer
+        self.tokens_per_dispatch = tokens_per_dispatch
+        self._eos = frozenset(map(tokenizer.special_id, ("assistant_end", "bos")))
+        self._python_end = tokenizer.special_id("python_end")
+        self._cache = backend.new_cache(slots, self.max_length)
+        self._slots = [_Slot(index) for index in range(slots)]
+        self._waiting: deque[_Sample] = deque()
+        self._events: list[Event] = []
+        self._count = 0
+
+    # --- requests ------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its number.
+
+        ValueError for a prompt that is empty, longer than `max_length`, or not of this vocabulary.
+        """
+        self._check(request)
+        number, self._count = self._count, self._count + 1
+        prompt = _Prompt(list(request.ids))
+        for row in range(request.row, request.row + request.n):
+            stops = request.params.stop
+            reply = Reply(self.tokenizer, stops=stops, tools=request.tools)
+            self._waiting.append(_Sample(number, row, request, prompt, reply))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request wherever it stands; nothing happens when it has ended already."""
+        for sample in [sample for sample in self._waiting if sample.number == number]:
+            self._waiting.remove(sample)
+            self._finish(sample, "cancelled")
+        for slot in self._slots:
+            if slot.sample is not None and slot.sample.number == number:
+                self._finish(slot.sample, "cancelled")
+                slot.sample = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._events or self._waiting or any(slot.sample for slot in self._slots))
+
+    def step(self) -> list[Event]:
+        """Read what is to be read, or else decode once; returns what came of it.
+
+        First tokens are returned before anything is decoded: nobody waits for a dispatch to see
+        the beginning of a reply.
+        """
+        self._admit()
+        for slot in self._slots:
+            if slot.sample is not None and (len(slot.pending) > 1 or not slot.started):
+                self._prefill(slot)
+        if not self._events:
+            self._decode()
+        events, self._events = self._events, []
+        return events
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """The events of one request as they come; closing the iterator cancels it.
+
+        Drives the engine itself, so nothing else may be under way.
+        """
+        number = self._submit_alone([request])[0]
+        try:
+            while self.busy:
+                yield from self.step()
+        finally:
+            self.cancel(number)
+            self._events.clear()
+
+    def complete(self, requests: Iterable[Request]) -> list[Completion]:
+        """Every reply to any number of requests, in their order, samples of one request in a row.
+
+        Drives the engine itself, so nothing else may be under way.
+        """
+        requests = list(requests)
+        numbers = self._submit_alone(requests)
+        completions = {
+            (number, row): Completion(number, row)
+            for number, request in zip(numbers, requests, strict=True)
+            for row in range(request.row, request.row + request.n)
+        }
+        while self.busy:
+            for event in self.step():
+                completions[event.request, event.row].add(event)
+        return list(completions.values())
+
+    def _submit_alone(self, requests: Sequence[Request]) -> list[int]:
+        if self.busy:
+            raise ValueError("this engine is busy with other requests: use submit and step")
+        for request in requests:
+            self._check(request)
+        return [self.submit(request) for request in requests]
+
+    def _check(self, request: Request) -> None:
+        length, vocab = len(request.ids), self.backend.config.vocab_size
+        if not 1 <= length <= self.max_length:
+            raise ValueError(
+                f"the prompt has {length} tokens, this engine reads 1 to {self.max_length}: "
+                "shorten the prompt or use a model with a longer context"
+            )
+        if not all(0 <= id < vocab for id in request.ids):
+            raise ValueError(f"the prompt has ids outside of the vocabulary of {vocab}")
+        if request.n < 1 or request.row < 0:
+            raise ValueError(f"n={request.n} must be at least 1 and row={request.row} at least 0")
+
+    # --- scheduling ----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Waiting samples into free slots, each where most of its prompt already is."""
+        free = [slot for slot in self._slots if slot.sample is None]
+        while self._waiting and free:
+            sample = self._waiting.popleft()
+            slot = max(free, key=lambda s: (_common_prefix(s.held, sample.prompt.ids), -s.used))
+            free.remove(slot)
+            self._count_use(slot)
+            slot.start(sample)
+
+    def _count_use(self, slot: "_Slot") -> None:
+        slot.used = max(other.used for other in self._slots) + 1
+
+    def _prefill(self, slot: "_Slot") -> None:
+        """Read what is pending and sample the next token on the host."""
+        sample = slot.sample
+        assert sample is not None
+        logits = self._read(slot) if slot.started else self._read_prompt(slot, sample.prompt)
+        slot.started = True
+        params = sample.request.params
+        uniform = sampling.uniform(params.seed, sample.row, sample.length)
+        token = sampling.sample(logits, params, uniform)
+        self._accept(slot, token, sampling.logprob(logits, token))
+
+    def _read(self, slot: "_Slot") -> np.ndarray:
+        ids = np.array(slot.pending, np.int32)
+        self._cache, logits = self.backend.prefill(self._cache, slot.index, ids, len(slot.held))
+        slot.held += slot.pending
+        return logits
+
+    def _read_prompt(self, slot: "_Slot", prompt: "_Prompt") -> np.ndarray:
+        """The logits after a prompt; the row is a copy where another sample has read it before."""
+        length = len(prompt.ids)
+        holders = [s for s in (slot, *self._slots) if s.held[:length] == prompt.ids]
+        if prompt.logits is None or not holders:
+            prompt.logits = self._read(slot)
+        elif holders[0] is not slot:
+            source = holders[0].index
+            self._cache = self.backend.copy_row(self._cache, source, slot.index, length)
+            slot.held = list(prompt.ids)
+        return prompt.logits
+
+    def _decode(self) -> None:
+        active = [slot for slot in self._slots if slot.sample is not None]
+        if not active:
+            return
+        batch = self._batch(active)
+        result = self.backend.decode(self._cache, batch)
+        self._cache = result.cache
+        for slot in active:
+            count = int(result.counts[slot.index])
+            tokens = result.tokens[slot.index, :count].tolist()
+            logprobs = result.logprobs[slot.index, :count].tolist()
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                slot.held += slot.pending
+                self._accept(slot, token, logprob)
+                if slot.sample is None:
+                    break
+
+    def _batch(self, active: Sequence["_Slot"]) -> DecodeBatch:
+        count, most = len(self._slots), self.tokens_per_dispatch
+        tokens, lengths, budgets = (np.zeros(count, np.int32) for _ in range(3))
+        uniforms = np.zeros((count, most), np.float32)
+        params: list[SamplingParams | None] = [None] * count
+        stop_ids = self._eos | {self._python_end}
+        for slot in active:
+            sample, i = slot.sample, slot.index
+            assert sample is not None
+            (tokens[i],), lengths[i] = slot.pending, len(slot.held)
+            budgets[i] = min(most, self._room(sample))
+            params[i] = sample.request.params
+            uniforms[i] = sampling.uniforms(params[i].seed, sample.row, sample.length, most)
+            stop_ids |= sample.request.stop_ids
+        return DecodeBatch(tokens, lengths, budgets, uniforms, tuple(params), stop_ids)
+
+    # --- what a token means --------------------------------------------------------------------
+
+    def _accept(self, slot: "_Slot", token: int, logprob: float) -> None:
+        """Take in a sampled token: it ends the reply, or is pending, with a tool's output if any."""
+        sample = slot.sample
+        assert sample is not None
+        ends = sample.request.stop_ids | (frozenset() if sample.request.ignore_eos else self._eos)
+        slot.pending = [token]
+        if token in ends:
+            self._finish(sample, "stop", stop_id=token, logprob=logprob)
+            slot.sample = None
+            return
+        self._emit(sample, token, logprob)
+        for forced in sample.reply.forced_after(token)[: self._room(sample)]:
+            slot.pending.append(forced)
+            self._emit(sample, forced, None)
+        if sample.reply.stopped or not self._room(sample):
+            self._finish(sample, "stop" if sample.reply.stopped else "length")
+            slot.sample = None
+
+    def _room(self, sample: "_Sample") -> int:
+        """Tokens that the reply may still get. The very last one is never read, so needs no row."""
+        return min(
+            sample.request.params.max_tokens - sample.generated,
+            self.max_length + 1 - sample.length,
+        )
+
+    def _emit(self, sample: "_Sample", token: int, logprob: float | None) -> None:
+        part, text = sample.reply.push(token)
+        sample.generated += 1
+        forced = logprob is None
+        self._events.append(
+            Event(sample.number, sample.row, part, text, token, logprob, forced=forced)
+        )
+
+    def _finish(
+        self,
+        sample: "_Sample",
+        reason: str,
+        *,
+        stop_id: int | None = None,
+        logprob: float | None = None,
+    ) -> None:
+        text, part = sample.reply.flush(), sample.reply.part
+        self._events.append(
+            Event(
+                sample.number,
+                sample.row,
+                part,
+                text,
+                logprob=logprob,
+                finish_reason="stop" if sample.reply.stopped else reason,
+                stop_id=stop_id,
+            )
+        )
+
+
+@dataclass
+class _Prompt:
+    """The prompt of a request, shared by its samples."""
+
+    ids: list[int]
+    logits: np.ndarray | None = None
+    """What follows it, once a sample has read it."""
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One reply on its way."""
+
+    number: int
+    row: int
+    request: Request
+    prompt: _Prompt
+    reply: Reply
+    generated: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the reply so far: the position of the next one."""
+        return len(self.prompt.ids) + self.generated
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A row of the cache and the sample that sits in it."""
+
+    index: int
+    held: list[int] = field(default_factory=list)
+    """The ids in the row, also after its sample has ended."""
+    pending: list[int] = field(default_factory=list)
+    """The sample's ids that are not in the row yet."""
+    sample: _Sample | None = None
+    started: bool = False
+    """Whether the sample's prompt has been read."""
+    used: int = 0
+    """When the slot was last taken, in admissions."""
+
+    def start(self, sample: _Sample) -> None:
+        """Take a sample in, keeping what the row holds of its prompt.
+
+        The last id is read again, unless it is known what follows it.
+        """
+        ids = sample.prompt.ids
+        kept = _common_prefix(self.held, ids)
+        if sample.prompt.logits is None:
+            kept = min(kept, len(ids) - 1)
+        self.held, self.pending = ids[:kept], ids[kept:]
+        self.sample, self.started = sample, False
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences share from the start."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,186 @@
+"""`Backend` on JAX: the nnx model, split once, behind a handful of jitted pure functions.
+
+The object holds arrays and hands them to the functions of train_step.py, loss.py and decoding.py;
+it computes nothing itself. Left out: schedules, data and checkpoint names, which belong to callers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxchat import decoding, kv_cache, optim, runtime, sharding
+from jaxchat.backend import DecodeBatch, DecodeResult, DeviceInfo, Scores
+from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.convert import check_params
+from jaxchat.gpt import GPT
+from jaxchat.kv_cache import KVCache
+from jaxchat.loss import token_scores
+from jaxchat.params import Params, bind, split
+from jaxchat.schedule import StepSchedule
+from jaxchat.train_step import StepMetrics, TrainState, TrainStep, make_train_step
+
+
+class JaxBackend:
+    """One model on every device of a mesh."""
+
+    name = "jax"
+
+    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+        self.config = config
+        self.dtype = runtime.compute_dtype(dtype)
+        self.mesh = sharding.make_mesh()
+        self.devices = _describe(self.mesh.size)
+        self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
+        self._graphdef, self._shapes = _structure(config, self.dtype)
+        self._params: Params | None = None
+        self._opt_state: object = None
+        self._train_step: TrainStep | None = None
+        self._score = jax.jit(_score, static_argnums=0)
+        self._decoder = decoding.Decoder(self._graphdef, config)
+        self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
+
+    # --- weights -------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Params:
+        if self._params is None:
+            raise ValueError("this backend has no weights yet: call init, load or set_params")
+        return self._params
+
+    def init(self, seed: int) -> None:
+        def draw() -> Params:
+            model = GPT(self.config, self.dtype)
+            model.init_weights(nnx.Rngs(seed))
+            return split(model)[1]
+
+        self._params = jax.jit(draw, out_shardings=self._replicated)()
+
+    def get_params(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(value) for name, value in self.params.items()}
+
+    def set_params(self, params: Mapping[str, np.ndarray]) -> None:
+        check_params(params, {name: x.shape for name, x in self._shapes.items()})
+        self._params = {
+            name: jax.device_put(np.asarray(params[name], np.float32), self._replicated)
+            for name in self._shapes
+        }
+
+    def save(self, directory: Path) -> None:
+        directory = directory.absolute()
+        self._writers["params"].save(directory / "params", self.params)
+        if self._opt_state is not None:
+            self._writers["optimizer"].save(directory / "optimizer", self._opt_state)
+        if self.devices.platform == "cpu":
+            self.wait()  # the writer may read host arrays in place, and the next step donates them
+
+    def load(self, directory: Path) -> None:
+        directory = directory.absolute()
+        like = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated)
+            for name, x in self._shapes.items()
+        }
+        self._params = self._writers["params"].restore(directory / "params", like)
+        if self._opt_state is not None:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._opt_state)
+            self._opt_state = self._writers["optimizer"].restore(directory / "optimizer", like)
+
+    def wait(self) -> None:
+        for writer in self._writers.values():
+            writer.wait_until_finished()
+
+    # --- training ------------------------------------------------------------------------------
+
+    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
+        transform = optim.make_optimizer(
+            self.config,
+            optimizer,
+            plan,
+            iteration_dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+            stack_multiple=self.mesh.size,
+            constrain=lambda x: jax.lax.with_sharding_constraint(
+                x, sharding.place(self.mesh, sharding.ROWS)
+            ),
+        )
+        abstract = jax.eval_shape(transform.init, self.params)
+        placements = jax.tree.map(lambda x: sharding.leading_axis(self.mesh, x), abstract)
+        self._opt_state = jax.jit(transform.init, out_shardings=placements)(self.params)
+        whole = TrainState({name: self._replicated for name in self.params}, placements)
+        self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
+
+    def train_step(
+        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+    ) -> Mapping[str, Array]:
+        assert self._train_step is not None, "call start_training before train_step"
+        if inputs.shape[1] % self.mesh.size:
+            raise ValueError(
+                f"micro-batches of {inputs.shape[1]} rows do not divide over {self.mesh.size} "
+                f"devices; use a device_batch_size that is a multiple of {self.mesh.size}"
+            )
+        place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
+        batch = (jax.device_put(inputs, place), jax.device_put(targets, place))
+        moving = StepSchedule(*map(np.float32, schedule))
+        state = TrainState(self.params, self._opt_state)
+        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving)
+        assert isinstance(metrics, StepMetrics)
+        return metrics._asdict()
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
+        place = sharding.leading_axis(self.mesh, inputs)
+        placed = (jax.device_put(inputs, place), jax.device_put(targets, place))
+        nll, greedy = self._score(self._graphdef, self.params, *placed)
+        return Scores(np.asarray(nll), np.asarray(greedy))
+
+    # --- generation ----------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
+        return kv_cache.make_cache(self.config, rows, max_length, self.dtype)
+
+    def prefill(
+        self, cache: KVCache, row: int, ids: np.ndarray, start: int
+    ) -> tuple[KVCache, np.ndarray]:
+        return self._decoder.prefill(self.params, cache, row, ids, start)
+
+    def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
+        return self._decoder.copy_row(cache, source, target, length)
+
+    def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
+        return self._decoder.decode(self.params, cache, batch)
+
+
+def _describe(count: int) -> DeviceInfo:
+    peak = runtime.peak_flops(jax.devices()[0].device_kind)
+    return DeviceInfo(
+        platform=jax.default_backend(),
+        count=count,
+        description=runtime.device_summary(),
+        peak_flops=None if peak is None else peak * count,
+    )
+
+
+def _structure(
+    config: GPTConfig, dtype: DTypeLike
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The model's graph and the shapes of its weights, without allocating them."""
+    return split(nnx.eval_shape(lambda: GPT(config, dtype)))
+
+
+def _score(graphdef: nnx.GraphDef, params: Params, inputs: Array, targets: Array) -> tuple:
+    model = bind(graphdef, params)
+    assert isinstance(model, GPT)
+    hidden, _ = model.hidden(inputs)
+    return token_scores(
+        hidden,
+        model.lm_head.weight[...],
+        targets,
+        vocab_size=model.config.vocab_size,
+        softcap=model.config.logit_softcap,
+    )

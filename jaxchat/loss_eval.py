@@ -1,0 +1,33 @@
+"""Bits per byte: how well a model compresses text, whatever its tokenizer."""
+
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from jaxchat.backend import Backend
+
+
+class TokenRows(Protocol):
+    """A batch of rows and the same rows one token later, (B, T) int32 each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def bits_per_byte(backend: Backend, batches: Iterable[TokenRows], token_bytes: np.ndarray) -> float:
+    """Nats of all counted targets / (ln 2 x their bytes), in float64.
+
+    `token_bytes` is (V,) int32, the raw bytes of each token; targets without bytes (specials) or
+    below zero (ignored) count in neither sum. ValueError when nothing counts.
+    """
+    nats, counted_bytes = 0.0, 0
+    for batch in batches:
+        scores = backend.score(batch.inputs, batch.targets)
+        sizes = np.where(batch.targets >= 0, token_bytes[np.maximum(batch.targets, 0)], 0)
+        nats += float(np.sum(scores.nll, dtype=np.float64, where=sizes > 0))
+        counted_bytes += int(sizes.sum())
+    if not counted_bytes:
+        raise ValueError("bits per byte of nothing: no batch held a token with bytes")
+    return nats / (math.log(2) * counted_bytes)

@@ -1,0 +1,66 @@
+"""What a person sees of a long training run: a live bar in a terminal, sparse lines in a log."""
+
+import time
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+LOG_LINES = 100
+"""Lines a whole run prints when its output is not a terminal."""
+
+
+class TrainingProgress:
+    """Shows each step's figures, the share done and the time left."""
+
+    def __init__(self, num_steps: int, start_step: int) -> None:
+        self.num_steps, self.start_step = num_steps, start_step
+        self._console = Console()
+        self._every = max(1, num_steps // LOG_LINES)
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=start_step)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, figures: Mapping[str, str]) -> None:
+        """Show the figures of `step` (steps done so far)."""
+        text = " | ".join(f"{name} {value}" for name, value in figures.items())
+        text += f" | left {self._remaining(step)}"
+        self._bar.update(self._task, completed=step, description=text)
+        due = step % self._every == 0 or step in (self.start_step + 1, self.num_steps)
+        if due and not self._console.is_terminal:
+            print(f"step {step}/{self.num_steps} | {text}", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        self._console.print(message, highlight=False, markup=False)
+
+    def _remaining(self, step: int) -> str:
+        done = step - self.start_step
+        if done <= 1:
+            return "?"
+        seconds = (time.monotonic() - self._started) / done * (self.num_steps - step)
+        return format_duration(seconds)
+
+
+def format_duration(seconds: float) -> str:
+    """`1h02m`, `3m07s` or `12s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,120 @@
+"""Where metrics go: a JSONL file always, Weights & Biases or TensorBoard when asked.
+
+The file is the record: one object a line, in step order. A resumed run first cuts off what was
+logged after its checkpoint, so the file reads as if nothing had happened. The other sinks are
+guests: one that fails is dropped with a warning and never stops a training run.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from jaxchat.artifacts import atomic_write
+
+
+class Sink(Protocol):
+    """A place that takes scalars by step."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Append scalars to `path` and to every guest sink."""
+
+    def __init__(
+        self, path: Path, guests: list[Sink] | None = None, *, resume_step: int = 0
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if _precedes(row, resume_step)]
+        with atomic_write(path, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self._file = open(path, "a", buffering=1)
+        self._guests = list(guests or [])
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record scalars of optimizer step `step` (steps done so far)."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._tell("log", step, scalars)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tell("close")
+
+    def _tell(self, method: str, *args: object) -> None:
+        for guest in list(self._guests):
+            try:
+                getattr(guest, method)(*args)
+            except Exception as error:  # a guest may raise anything; training goes on
+                print(f"warning: {type(guest).__name__} failed and is dropped: {error}")
+                self._guests.remove(guest)
+
+
+def _precedes(row: Mapping[str, float], resume_step: int) -> bool:
+    """Whether a row was logged before the checkpoint of `resume_step`: its evaluation was not."""
+    return row["step"] < resume_step or (row["step"] == resume_step and "train/loss" in row)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapping) -> list[Sink]:
+    """The sinks a run asked for; one that cannot start is left out with a warning.
+
+    `wandb_run` None or "dummy" means none, as upstream's `WANDB_RUN` does.
+    """
+    guests: list[Sink] = []
+    wanted = []
+    if wandb_run and wandb_run != "dummy":
+        wanted.append(lambda: _Wandb(wandb_run, config))
+    if tensorboard is not None:
+        wanted.append(lambda: _TensorBoard(tensorboard))
+    for start in wanted:
+        try:
+            guests.append(start())
+        except Exception as error:  # a missing package or login is no reason not to train
+            print(f"warning: no metrics sink, training goes on without it: {error}")
+    return guests
+
+
+class _Wandb:
+    def __init__(self, run: str, config: Mapping) -> None:
+        import wandb  # optional: `uv sync --extra track`
+
+        # without a terminal to ask for a login, wandb would wait for ever or raise
+        mode = None if os.environ.get("WANDB_API_KEY") else "offline"
+        project = os.environ.get("WANDB_PROJECT", "jaxchat")
+        self._run = wandb.init(project=project, name=run, config=dict(config), mode=mode)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path) -> None:
+        from tensorboardX import SummaryWriter  # optional: `uv sync --extra track`
+
+        self._writer = SummaryWriter(str(directory))
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

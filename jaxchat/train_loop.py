@@ -1,0 +1,239 @@
+"""The loop around the step: data in, metrics out, checkpoints, evaluations, and clean exits.
+
+Every training stage runs this loop; a stage brings its backend, loader and schedule. A checkpoint
+is written before anything else happens at its step, so neither an evaluation nor a sample can cost
+a run. Metrics are read one step late: the device never waits for the host to look at a loss.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxchat.backend import Backend
+from jaxchat.checkpoint import CheckpointStore
+from jaxchat.progress import TrainingProgress, format_duration
+from jaxchat.schedule import StepSchedule
+from jaxchat.tracker import Tracker
+
+EXIT_INTERRUPTED = 143
+"""Exit status after a signal: saved, but not finished."""
+
+
+class Loader(Protocol):
+    """Batches of `rows` packed rows, and the state that continues after the ones handed out."""
+
+    epoch: int
+
+    def __next__(self) -> Any: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long a loop runs and how often it does what; None means only at the end."""
+
+    num_iterations: int
+    """Optimizer steps in all."""
+    micro_batches: int
+    """Micro-batches that one optimizer step accumulates."""
+    flops_per_token: float
+    """Training cost, for the utilisation figure."""
+    eval_every: int | None = None
+    """Steps between evaluations."""
+    save_every: int | None = None
+    """Steps between checkpoints."""
+    sample_every: int | None = None
+    """Steps between samples."""
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """Where a loop stopped."""
+
+    step: int
+    """Optimizer steps done, earlier runs included."""
+    train_seconds: float
+    """Time spent in training steps, earlier runs included."""
+    interrupted: bool
+    """Whether a signal ended the loop; a checkpoint of `step` is on disk."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage brings to the loop."""
+
+    backend: Backend
+    loader: Loader
+    schedule: Callable[[int], StepSchedule]
+    """The moving hyper-parameters of a step, counted from 0."""
+    store: CheckpointStore
+    tracker: Tracker
+    meta: Mapping[str, Any]
+    """What goes into every checkpoint beside the loop's own state."""
+    evaluate: Callable[[], Mapping[str, float]]
+    """Validation figures of the present weights, e.g. `{"val/bpb": ...}`."""
+    sample: Callable[[], str] | None = None
+    """A few continuations by the present weights."""
+
+
+def run_loop(
+    stage: Stage, config: LoopConfig, *, start_step: int = 0, train_seconds: float = 0.0
+) -> LoopResult:
+    """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop."""
+    step, clock = start_step, _Clock(train_seconds)
+    reader = _MetricsReader(stage, config, clock)
+    with (
+        _signals() as asked_to_stop,
+        TrainingProgress(config.num_iterations, start_step) as progress,
+    ):
+        while True:
+            last = step == config.num_iterations
+            stopping = bool(asked_to_stop)
+            if step > start_step and (stopping or _due(step, config.save_every, last)):
+                reader.flush(progress)
+                _save(stage, step, clock.seconds)
+            if stopping and not last:
+                progress.say(f"stopped by {asked_to_stop[0]}; step {step} is saved")
+                stage.store.finish()
+                return LoopResult(step, clock.seconds, interrupted=True)
+            if _due(step, config.eval_every, last) or step == 0:
+                reader.flush(progress)
+                reader.bpb = _evaluate(stage, step, progress).get("val/bpb")
+            if stage.sample is not None and step and _due(step, config.sample_every, last):
+                reader.flush(progress)
+                progress.say(stage.sample())
+            if last:
+                stage.store.finish()
+                return LoopResult(step, clock.seconds, interrupted=False)
+            reader.step(step, progress)
+            step += 1
+
+
+def _due(step: int, every: int | None, last: bool) -> bool:
+    return last or (every is not None and step > 0 and step % every == 0)
+
+
+def _save(stage: Stage, step: int, train_seconds: float) -> None:
+    own = {"loader": stage.loader.state(), "train_seconds": train_seconds}
+    stage.store.save(step, stage.backend, {**stage.meta, **own})
+
+
+def _evaluate(stage: Stage, step: int, progress: TrainingProgress) -> Mapping[str, float]:
+    started = time.monotonic()
+    figures = stage.evaluate()
+    stage.tracker.log(step, figures)
+    shown = " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    took = format_duration(time.monotonic() - started)
+    progress.say(f"step {step}/{progress.num_steps} | {shown} ({took})")
+    return figures
+
+
+class _Clock:
+    """Seconds spent training, evaluations and saves left out."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last: float | None = None
+
+    def start(self) -> None:
+        if self._last is None:
+            self._last = time.monotonic()
+
+    def lap(self) -> float:
+        assert self._last is not None, "lap() before start()"
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        self.seconds += elapsed
+        return elapsed
+
+    def stop(self) -> None:
+        self._last = None
+
+
+class _MetricsReader:
+    """Runs steps and logs each one after the next has been dispatched."""
+
+    def __init__(self, stage: Stage, config: LoopConfig, clock: _Clock) -> None:
+        self._stage, self._config, self._clock = stage, config, clock
+        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+        self._smooth_loss, self._bias = 0.0, 1.0
+        self.bpb: float | None = None
+        """The latest validation bits per byte, for the progress line."""
+
+    def step(self, step: int, progress: TrainingProgress) -> None:
+        """Dispatch optimizer step `step` (from 0), then log the one before it."""
+        self._clock.start()
+        stage = self._stage
+        batch = next(stage.loader)
+        cut = (self._config.micro_batches, -1, batch.inputs.shape[1])
+        schedule = stage.schedule(step)
+        inputs, targets = batch.inputs.reshape(cut), batch.targets.reshape(cut)
+        metrics = stage.backend.train_step(inputs, targets, schedule)
+        facts = {
+            "train/lr_multiplier": schedule.lr_multiplier,
+            "train/tokens": float((step + 1) * inputs.size),
+            "train/epoch": float(stage.loader.epoch),
+        }
+        self._log_pending(progress)
+        self._pending = (step + 1, metrics, facts)
+
+    def flush(self, progress: TrainingProgress) -> None:
+        """Log the newest step and stop the clock."""
+        self._log_pending(progress)
+        self._clock.stop()
+
+    def _log_pending(self, progress: TrainingProgress) -> None:
+        if self._pending is None:
+            return
+        step, metrics, facts = self._pending
+        self._pending = None
+        scalars = {f"train/{name}": float(np.asarray(value)) for name, value in metrics.items()}
+        seconds = self._clock.lap()
+        tokens = facts["train/tokens"] / step
+        scalars |= facts | {"train/tokens_per_second": tokens / seconds}
+        peak = self._stage.backend.devices.peak_flops
+        if peak is not None:
+            scalars["train/mfu"] = tokens / seconds * self._config.flops_per_token / peak
+        self._stage.tracker.log(step, scalars)
+        progress.update(step, self._figures(scalars))
+
+    def _figures(self, scalars: Mapping[str, float]) -> dict[str, str]:
+        """What the progress line shows; the loss is a debiased moving average."""
+        self._smooth_loss = 0.9 * self._smooth_loss + 0.1 * scalars["train/loss"]
+        self._bias *= 0.9
+        figures = {
+            "loss": f"{self._smooth_loss / (1 - self._bias):.4f}",
+            "lr x": f"{scalars['train/lr_multiplier']:.2f}",
+            "tok/s": f"{scalars['train/tokens_per_second']:,.0f}",
+            "epoch": f"{scalars['train/epoch']:.0f}",
+        }
+        if self.bpb is not None:
+            figures["val bpb"] = f"{self.bpb:.4f}"
+        if "train/mfu" in scalars:
+            figures["MFU"] = f"{100 * scalars['train/mfu']:.1f}%"
+        return figures
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying; a second SIGINT does interrupt."""
+    caught: list[str] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""One jitted, donated step: (state, batch) -> (state, metrics).
+
+Gradients accumulate over the micro-batches inside the jit, each device on its own rows; they meet
+in one sum per step, however many micro-batches there are. The loss is the mean over every counted
+target of the whole batch, so micro-batches of unequal counts weigh what they should.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxchat import sharding
+from jaxchat.gpt import GPT
+from jaxchat.loss import cross_entropy
+from jaxchat.params import Params, bind
+from jaxchat.schedule import StepSchedule
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and replaces."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; still on the device when it returns."""
+
+    loss: Float[Array, ""]
+    """Mean nats per counted target."""
+    grad_norm: Float[Array, ""]
+    """Global norm of the mean gradient."""
+
+
+Batch = tuple[Int[Array, "A B T"], Int[Array, "A B T"]]
+TrainStep = Callable[[TrainState, Batch, StepSchedule], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    placements: TrainState | None = None,
+) -> TrainStep:
+    """Compile-ready step over `mesh`; the state passed in is donated.
+
+    `placements` holds a sharding for every array of the state, which goes out as it came in: the
+    step then compiles once. None leaves it to the compiler.
+    """
+
+    def step(
+        state: TrainState, batch: Batch, schedule: StepSchedule
+    ) -> tuple[TrainState, StepMetrics]:
+        loss, grads = loss_and_grads(graphdef, state.params, batch, mesh)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, schedule=schedule
+        )
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(loss, optax.tree.norm(grads))
+        return TrainState(params, opt_state), metrics
+
+    replicated = sharding.place(mesh, sharding.REPLICATED)
+    outputs = None if placements is None else (placements, replicated)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def loss_and_grads(
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh
+) -> tuple[Float[Array, ""], Params]:
+    """Mean loss over the counted targets of all micro-batches, and its gradient."""
+
+    def local_sum(params: Params, inputs: Array, targets: Array) -> Float[Array, ""]:
+        model = bind(graphdef, params)
+        assert isinstance(model, GPT)
+        hidden, _ = model.hidden(inputs)
+        weights = (targets >= 0).astype(jnp.float32)
+        config = model.config
+        return cross_entropy(
+            hidden,
+            model.lm_head.weight[...],
+            targets,
+            weights,
+            config.vocab_size,
+            config.logit_softcap,
+        )
+
+    def on_device(params: Params, inputs: Array, targets: Array) -> tuple[Array, Params]:
+        def accumulate(carry: tuple[Array, Params], micro: tuple[Array, Array]) -> tuple:
+            return jax.tree.map(jnp.add, carry, gradient(params, *micro)), None
+
+        gradient = jax.value_and_grad(local_sum)
+        total, grads = gradient(params, inputs[0], targets[0])
+        if len(inputs) > 1:
+            rest = (inputs[1:], targets[1:])
+            (total, grads), _ = jax.lax.scan(accumulate, (total, grads), rest)
+        count = jnp.sum(targets >= 0).astype(jnp.float32)
+        total, grads, count = jax.lax.psum((total, grads, count), sharding.DATA)
+        scale = 1 / jnp.maximum(count, 1.0)
+        return total * scale, jax.tree.map(lambda g: g * scale, grads)
+
+    spread = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(sharding.REPLICATED, sharding.MICRO_BATCHES, sharding.MICRO_BATCHES),
+        out_specs=sharding.REPLICATED,
+        check_vma=False,
+    )
+    return spread(params, *batch)

@@ -1,0 +1,342 @@
+"""Pretrain the base model: `--depth` decides its size, and everything else follows.
+
+    python -m scripts.base_train --depth 12
+    python -m scripts.base_train --depth 4 --sequence-len 512 --corpus embedded \\
+        --device-batch-size 8 --total-batch-size 4096 --num-iterations 400    # on a CPU
+
+The same command continues a run that was stopped or killed, and gives what the uninterrupted run
+would have given, bit for bit.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jaxchat.artifacts import base_dir
+from jaxchat.dataloader import PackedLoader
+from jaxchat.dataset import Corpus, default_corpus, open_corpus
+from jaxchat.engine import Engine, complete_text
+from jaxchat.loss_eval import bits_per_byte
+
+from jaxchat import cli, runtime
+from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
+from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.config import (
+    ASPECT_RATIO,
+    HEAD_DIM,
+    GPTConfig,
+    OptimizerConfig,
+    SamplingParams,
+    ScheduleConfig,
+    TrainingPlan,
+    count_params,
+    flops_per_token,
+    micro_batches,
+    plan_training,
+)
+from jaxchat.report import Report
+from jaxchat.schedule import schedule_at
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tracker import Tracker, open_guests, read_metrics
+from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.training_report import training_parts
+
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "Returns the",
+    "Parameters\n----------\n",
+)
+"""What the model continues when it is asked for samples."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of pretraining; the defaults are those of the GPU tiers."""
+
+    depth: int = 12
+    """Transformer layers: the one dial."""
+    aspect_ratio: int = ASPECT_RATIO
+    """Width per layer, rounded up to whole heads."""
+    head_dim: int = HEAD_DIM
+    """Width of an attention head."""
+    sequence_len: int = GPTConfig.sequence_len
+    """Tokens a row holds."""
+    window_pattern: str = GPTConfig.window_pattern
+    """Attention reach by layer: S short, L long."""
+    preset: str = "modern"
+    """Architecture generation: modern or classic."""
+
+    num_iterations: int | None = None
+    """Optimizer steps; overrides the two horizons below."""
+    target_flops: float | None = None
+    """Train for this many FLOPs; overrides the ratio."""
+    target_param_data_ratio: float = 12.0
+    """Tokens per scaling parameter."""
+
+    device_batch_size: int = 32
+    """Rows per device and micro-batch: lower it when memory runs out."""
+    total_batch_size: int | None = None
+    """Tokens per optimizer step; the scaling rule decides when not set."""
+    embedding_lr: float = OptimizerConfig.wte.lr
+    """Learning rate of the token embedding (AdamW)."""
+    unembedding_lr: float = OptimizerConfig.lm_head.lr
+    """Learning rate of the output head (AdamW)."""
+    matrix_lr: float = OptimizerConfig.matrix_lr
+    """Learning rate of the matrices (Muon)."""
+    scalar_lr: float = OptimizerConfig.x0_lambdas.lr
+    """Learning rate of the residual scalars (AdamW); a hundredth of it on the residual ones."""
+    weight_decay: float = OptimizerConfig.weight_decay
+    """Cautious weight decay of the matrices at the reference horizon."""
+    warmup_steps: int = ScheduleConfig.warmup_steps
+    """Steps of learning-rate warm-up."""
+    warmdown_ratio: float = ScheduleConfig.warmdown_ratio
+    """Share of the run over which the learning rate falls."""
+    final_lr_frac: float = ScheduleConfig.final_lr_frac
+    """Where the learning rate ends."""
+
+    eval_every: int = 250
+    """Steps between evaluations on the validation split."""
+    eval_tokens: int = 80 * 2**19
+    """Validation tokens per evaluation."""
+    sample_every: int | None = 2000
+    """Steps between samples."""
+    save_every: int | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest first."""
+
+    corpus: str | None = None
+    """climbmix, fineweb-edu, embedded, or a folder of text; embedded on a CPU when not set."""
+    model_tag: str | None = None
+    """Name of the run; d<depth> when not set."""
+    resume: str = "auto"
+    """auto: continue what is there; never: start anew."""
+    seed: int = 42
+    """Seed of the weights and of the data order."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+    run: str | None = None
+    """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the checkpoints."""
+
+    @property
+    def tag(self) -> str:
+        return self.model_tag or f"d{self.depth}"
+
+
+def main(config: Config) -> None:
+    """Train to the horizon, evaluate, and add a section to the report."""
+    if config.resume not in ("auto", "never"):
+        raise ValueError(f"--resume {config.resume}: choose auto or never")
+    if config.backend == "jax":
+        runtime.enable_compilation_cache(str(base_dir() / "compilation_cache"))
+    started = time.monotonic()
+    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    backend = backend_class(config.backend)(shape_of(config, tokenizer.vocab_size))
+    corpus = open_corpus(config.corpus or default_corpus(backend.devices.platform))
+    optimizer, schedule = optimizer_of(config), schedule_of(config)
+    plan = plan_of(config, backend.config, optimizer)
+    loop = loop_of(config, backend, plan)
+    facts = {
+        "tokenizer": tokenizer.fingerprint,
+        "corpus": corpus.fingerprint,
+        "plan": asdict(plan),
+        "optimizer": asdict(optimizer),
+        "schedule": asdict(schedule),
+        "seed": config.seed,
+    }
+    store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
+    backend.init(config.seed)
+    backend.start_training(optimizer, plan)
+    restored = store.restore(backend, facts) if config.resume == "auto" else None
+    start = restored or {"step": 0, "train_seconds": 0.0, "loader": None}
+    describe(config, backend, plan, loop, start["step"])
+    tracker = open_tracker(config, store, start["step"])
+    with train_loader(config, corpus, tokenizer, plan, start["loader"]) as loader:
+        stage = Stage(
+            backend=backend,
+            loader=loader,
+            schedule=lambda step: schedule_at(step, schedule, plan),
+            store=store,
+            tracker=tracker,
+            meta=facts | {"config": asdict(config)},
+            evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
+            sample=lambda: show(sample(backend, tokenizer)),
+        )
+        result = run_loop(
+            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+        )
+    tracker.close()
+    if result.interrupted:
+        raise SystemExit(EXIT_INTERRUPTED)
+    report(config, backend, tokenizer, plan, store, result, time.monotonic() - started)
+
+
+def shape_of(config: Config, vocab_size: int) -> GPTConfig:
+    """The model that the options describe."""
+    return GPTConfig.from_depth(
+        config.depth,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        vocab_size=vocab_size,
+        sequence_len=config.sequence_len,
+        window_pattern=config.window_pattern,
+        preset=config.preset,
+    )
+
+
+def optimizer_of(config: Config) -> OptimizerConfig:
+    """The optimizer defaults with the options' learning rates."""
+    base = OptimizerConfig()
+    return replace(
+        base,
+        matrix_lr=config.matrix_lr,
+        weight_decay=config.weight_decay,
+        wte=replace(base.wte, lr=config.embedding_lr),
+        value_embeds=replace(base.value_embeds, lr=config.embedding_lr / 2),
+        lm_head=replace(base.lm_head, lr=config.unembedding_lr),
+        resid_lambdas=replace(base.resid_lambdas, lr=config.scalar_lr / 100),
+        x0_lambdas=replace(base.x0_lambdas, lr=config.scalar_lr),
+    )
+
+
+def schedule_of(config: Config) -> ScheduleConfig:
+    return ScheduleConfig(
+        warmup_steps=config.warmup_steps,
+        warmdown_ratio=config.warmdown_ratio,
+        final_lr_frac=config.final_lr_frac,
+    )
+
+
+def plan_of(config: Config, model: GPTConfig, optimizer: OptimizerConfig) -> TrainingPlan:
+    return plan_training(
+        model,
+        optimizer,
+        aspect_ratio=config.aspect_ratio,
+        target_param_data_ratio=config.target_param_data_ratio,
+        target_flops=config.target_flops,
+        num_iterations=config.num_iterations,
+        total_batch_size=config.total_batch_size,
+    )
+
+
+def loop_of(config: Config, backend: Backend, plan: TrainingPlan) -> LoopConfig:
+    return LoopConfig(
+        num_iterations=plan.num_iterations,
+        micro_batches=micro_batches(
+            plan,
+            sequence_len=config.sequence_len,
+            device_batch_size=config.device_batch_size,
+            devices=backend.devices.count,
+        ),
+        flops_per_token=flops_per_token(backend.config),
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        sample_every=config.sample_every,
+    )
+
+
+def describe(
+    config: Config, backend: Backend, plan: TrainingPlan, loop: LoopConfig, start_step: int
+) -> None:
+    """Print what depth came to."""
+    model, counts = backend.config, count_params(backend.config)
+    runtime.print0(
+        f"d{model.n_layer}: width {model.n_embd}, {model.n_head} heads of {model.head_dim}, "
+        f"windows {'/'.join(map(str, model.window_sizes))}, {sum(counts.values()):,} parameters "
+        f"({', '.join(f'{name} {count:,}' for name, count in counts.items())})\n"
+        f"on {backend.devices.description} with {backend.name}\n"
+        f"{plan.num_iterations:,} steps of {plan.total_batch_size:,} tokens "
+        f"({loop.micro_batches} micro-batches) = {plan.target_tokens:,} tokens, "
+        f"{plan.target_tokens * loop.flops_per_token:.3e} FLOPs; learning rates x "
+        f"{plan.lr_scale:.3f}, weight decay {plan.weight_decay:.3f}"
+    )
+    if start_step:
+        runtime.print0(f"continuing {config.tag} at step {start_step}")
+
+
+def open_tracker(config: Config, store: CheckpointStore, start_step: int) -> Tracker:
+    guests = open_guests(
+        wandb_run=config.run or os.environ.get("WANDB_RUN"),
+        tensorboard=store.directory / "tensorboard" if config.tensorboard else None,
+        config=asdict(config),
+    )
+    return Tracker(store.directory / "metrics.jsonl", guests, resume_step=start_step)
+
+
+def train_loader(
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    plan: TrainingPlan,
+    state: Mapping[str, Any] | None,
+) -> PackedLoader:
+    return PackedLoader(
+        corpus,
+        tokenizer,
+        split="train",
+        rows_per_batch=plan.total_batch_size // config.sequence_len,
+        sequence_len=config.sequence_len,
+        seed=config.seed,
+        state=state,
+    )
+
+
+def validate(config: Config, corpus: Corpus, tokenizer: Tokenizer, backend: Backend) -> float:
+    """Bits per byte of the present weights on the first `eval_tokens` of the validation split."""
+    rows = config.device_batch_size * backend.devices.count
+    batches = max(1, config.eval_tokens // (rows * config.sequence_len))
+    with PackedLoader(
+        corpus,
+        tokenizer,
+        split="val",
+        rows_per_batch=rows,
+        sequence_len=config.sequence_len,
+    ) as loader:
+        taken = (next(loader) for _ in range(batches))
+        return bits_per_byte(backend, taken, tokenizer.token_bytes)
+
+
+def sample(backend: Backend, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Prompt and greedy continuation, for each of `PROMPTS`."""
+    params = SamplingParams(max_tokens=32, temperature=0.0)
+    continuations = complete_text(Engine(backend, tokenizer), PROMPTS, params)
+    return list(zip(PROMPTS, continuations, strict=True))
+
+
+def show(samples: list[tuple[str, str]]) -> str:
+    return "\n".join(f"  {prompt!r} -> {text!r}" for prompt, text in samples)
+
+
+def report(
+    config: Config,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    plan: TrainingPlan,
+    store: CheckpointStore,
+    result: LoopResult,
+    wall_seconds: float,
+) -> None:
+    """Add the section: what was trained, the curves, and what the model writes."""
+    rows = read_metrics(store.directory / "metrics.jsonl")
+    settings = asdict(config) | {"hardware": backend.devices.description}
+    derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
+    parts, figures = training_parts(
+        rows, settings, derived, sample(backend, tokenizer), result.train_seconds
+    )
+    Report(base_dir()).add(
+        "base_train", "Pretraining", parts, wall_seconds=wall_seconds, figures=figures
+    )
+    runtime.print0(
+        f"{config.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "
+        f"validation {figures['val bpb']:.4f} bits per byte, saved in {store.path(result.step)}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,142 @@
+"""Train the tokenizer on the corpus.
+
+    python -m scripts.tok_train
+    python -m scripts.tok_train --vocab-size 8192 --corpus embedded
+
+Reads documents until `--max-chars`, learns the merges, and writes BASE/tokenizer (see
+jaxchat/tokenizer.py for the files) and a section of the report. Run it again to replace the
+tokenizer; models that were trained with the old one then refuse the new one.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from jaxchat import artifacts, cli, dataset, report
+from jaxchat.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+
+MAX_ROWS = 20
+"""Lengths shown in the report's table; longer tokens are rules of dashes and the like."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to learn from what."""
+
+    vocab_size: int = 32768
+    """Tokens, special ones included."""
+    max_chars: int = 2_000_000_000
+    """Characters to read at most."""
+    doc_cap: int = 10_000
+    """Characters to read at most from one document, so that no long one dominates."""
+    corpus: str | None = None
+    """Corpus to read; the machine's default when not set."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_size {self.vocab_size} must be at least {MIN_VOCAB_SIZE}")
+        if self.max_chars < 1 or self.doc_cap < 1:
+            raise ValueError(
+                f"max_chars {self.max_chars} and doc_cap {self.doc_cap} must be positive"
+            )
+
+
+class Reading:
+    """Documents on their way to the trainer: cropped, counted, and shown by a bar."""
+
+    def __init__(self, texts: Iterable[str], *, max_chars: int, doc_cap: int) -> None:
+        self.texts = texts
+        self.max_chars = max_chars
+        self.doc_cap = doc_cap
+        self.documents = 0
+        self.chars = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            room = self.max_chars - self.chars
+            if room <= 0:
+                break
+            text = text[: min(self.doc_cap, room)]
+            self.documents += 1
+            self.chars += len(text)
+            yield text
+
+
+def main(config: Config) -> None:
+    """Train, save, and add the section `tok_train` to the report."""
+    start, console = time.monotonic(), Console()
+    corpus = dataset.open_corpus(config.corpus)
+    reading = Reading(
+        corpus.iter_texts("train"), max_chars=config.max_chars, doc_cap=config.doc_cap
+    )
+    tokenizer = train(reading, config.vocab_size, console)
+    directory = artifacts.base_dir() / "tokenizer"
+    tokenizer.save(directory)
+    seconds = time.monotonic() - start
+    console.print(
+        f"{tokenizer.vocab_size:,} tokens from {reading.documents:,} documents, "
+        f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s: {directory}"
+    )
+    parts: list[report.Part] = [
+        report.KeyValues(asdict(config), "Configuration"),
+        report.KeyValues(
+            {
+                "corpus": corpus.name,
+                "corpus fingerprint": corpus.fingerprint,
+                "documents": reading.documents,
+                "characters": reading.chars,
+                "vocabulary": tokenizer.vocab_size,
+                "tokenizer fingerprint": tokenizer.fingerprint,
+            },
+            "Corpus and result",
+        ),
+        token_lengths(tokenizer),
+    ]
+    if tokenizer.vocab_size < config.vocab_size:
+        notice = (
+            f"The corpus is too small for {config.vocab_size:,} tokens: no pair is left to merge "
+            f"after {tokenizer.vocab_size:,}. The tokenizer has that many, and so will the models."
+        )
+        console.print(notice)
+        parts.append(report.Text(notice))
+    report.Report(artifacts.base_dir()).add(
+        "tok_train", "Tokenizer: training", parts, wall_seconds=seconds
+    )
+
+
+def train(reading: Reading, vocab_size: int, console: Console) -> Tokenizer:
+    """`Tokenizer.train` behind a progress bar."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def watched() -> Iterator[str]:
+            for text in reading:
+                yield text
+                if reading.documents % 256 == 0:
+                    bar.update(
+                        task,
+                        description=f"reading: {reading.documents:,} documents, "
+                        f"{reading.chars / 1e6:,.1f} M characters",
+                    )
+            bar.update(task, description=f"merging {reading.chars / 1e6:,.1f} M characters")
+
+        return Tokenizer.train(watched(), vocab_size=vocab_size)
+
+
+def token_lengths(tokenizer: Tokenizer) -> report.Table:
+    """How many tokens have 1, 2, 3 ... bytes, with an example of each."""
+    lengths = tokenizer.token_bytes[: -len(tokenizer.special_names)]
+    rows = []
+    for length in range(1, int(lengths.max()) + 1):
+        ids = (lengths == length).nonzero()[0]
+        if len(ids):
+            rows.append([length, len(ids), repr(tokenizer.decode([int(ids[-1])]))])
+    return report.Table(["bytes", "tokens", "example"], rows[:MAX_ROWS], "Tokens by length")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# The whole life of a small ChatGPT, in one command:
+#
+#     bash speedrun_jax.sh
+#
+# It looks at the hardware and picks a tier; JAXCHAT_TIER and DEPTH override. Run it again after any
+# interruption: finished stages are skipped, a killed stage continues from its last checkpoint.
+#
+#     JAXCHAT_TIER=node   8 GPUs: depth 24, ClimbMix, about three hours
+#     JAXCHAT_TIER=gpu    one or a few GPUs: depth 12, ClimbMix, about two hours on one H100
+#     JAXCHAT_TIER=cpu    a laptop: a small model on the documentation of its own libraries, minutes
+#     JAXCHAT_TIER=smoke  tests: the same stages on a toy, under three minutes
+#
+# Everything is written below JAXCHAT_BASE_DIR (~/.cache/jaxchat); the report also lands here.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
+
+# --- The tier -------------------------------------------------------------------------------------
+
+gpus=0 gpu_memory_mib=0
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
+    gpu_memory_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1)
+fi
+if [[ -n "${JAXCHAT_TIER:-}" ]]; then
+    why="JAXCHAT_TIER asks for it"
+elif ((gpus >= 8)); then
+    JAXCHAT_TIER=node why="$gpus GPUs found"
+elif ((gpus >= 1)); then
+    JAXCHAT_TIER=gpu why="$gpus GPU(s) found"
+else
+    JAXCHAT_TIER=cpu why="no NVIDIA GPU found"
+fi
+
+# Rows of 2048 tokens per GPU and micro-batch, by the smallest card's memory.
+if ((gpu_memory_mib >= 70000)); then rows=32
+elif ((gpu_memory_mib >= 38000)); then rows=16
+elif ((gpu_memory_mib >= 20000)); then rows=8
+else rows=4; fi
+
+extras=()
+((gpus > 0)) && extras=(--extra gpu)
+
+case "$JAXCHAT_TIER" in
+node)
+    DEPTH="${DEPTH:-24}" takes="about three hours on 8 H100s"
+    # Ratio 8 undertrains the compute-optimal 10.5 a little, for speed; depth 24 then reaches GPT-2.
+    # Its 5.9 B tokens at 4.7 characters are 28 G characters; a shard holds 250 M: 110, and slack.
+    data=(--dataset climbmix --num-shards 150)
+    tok=(--corpus climbmix)
+    base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 1000)
+    loss=(--corpus climbmix)
+    eval=()
+    ;;
+gpu)
+    DEPTH="${DEPTH:-12}" takes="about two hours on one H100"
+    # 0.9 B tokens at depth 12 are 4.2 G characters: 17 shards, and the tokenizer wants 2 G of them.
+    data=(--dataset climbmix --num-shards 24)
+    tok=(--corpus climbmix)
+    base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 500)
+    loss=(--corpus climbmix)
+    eval=()
+    ;;
+cpu)
+    DEPTH="${DEPTH:-4}" takes="about 20 minutes on 2 cores"
+    data=(--dataset embedded)
+    tok=(--corpus embedded --vocab-size 4096)
+    base=(--corpus embedded --aspect-ratio 48 --head-dim 64 --sequence-len 512
+        --device-batch-size 8 --total-batch-size 4096 --num-iterations 1000
+        --eval-every 200 --eval-tokens 65536 --sample-every 500 --save-every 100)
+    loss=(--corpus embedded --split-tokens 131072)
+    eval=(--max-per-task 100)
+    ;;
+smoke)
+    DEPTH="${DEPTH:-2}" takes="under three minutes on 2 cores"
+    data=(--dataset embedded)
+    tok=(--corpus embedded --vocab-size 1024 --max-chars 2000000)
+    base=(--corpus embedded --aspect-ratio 32 --head-dim 32 --sequence-len 128
+        --device-batch-size 8 --total-batch-size 1024 --num-iterations 40
+        --eval-every 20 --eval-tokens 8192 --save-every 20)
+    loss=(--corpus embedded --split-tokens 8192)
+    eval=(--max-per-task 10)
+    ;;
+*)
+    echo "error: JAXCHAT_TIER=$JAXCHAT_TIER: choose node, gpu, cpu or smoke" >&2
+    exit 2
+    ;;
+esac
+
+echo "jaxchat speedrun: tier $JAXCHAT_TIER ($why), depth $DEPTH; takes $takes"
+echo "everything is kept in $JAXCHAT_BASE_DIR"
+
+# --- The environment ------------------------------------------------------------------------------
+
+started=$SECONDS
+. scripts/setup.sh ${extras[@]+"${extras[@]}"}
+echo "environment ready in $((SECONDS - started)) s"
+
+# --- The stages -----------------------------------------------------------------------------------
+
+# stage NAME ARGUMENTS...: run `python -m scripts.NAME ARGUMENTS`, unless the ledger says that this
+# very command has finished and nothing before it has run anew.
+ledger="$JAXCHAT_BASE_DIR/stages"
+mkdir -p "$ledger"
+anew=0
+stage() {
+    local mark="$ledger/$1" command="$*"
+    if ((!anew)) && [[ -f "$mark" && "$(<"$mark")" == "$command" ]]; then
+        echo "--- $1: done before"
+        return
+    fi
+    anew=1
+    rm -f "$mark"
+    echo "--- $command"
+    .venv/bin/python -m "scripts.$1" "${@:2}"
+    echo "$command" >"$mark"
+}
+
+stage data_download "${data[@]}"
+stage tok_train "${tok[@]}"
+stage tok_eval "${tok[@]:0:2}"
+stage base_train --depth "$DEPTH" "${base[@]}"
+stage base_loss "${loss[@]}"
+stage base_eval ${eval[@]+"${eval[@]}"}
+stage report
+
+echo
+echo "Done. The report is report.md; now talk to the model:"
+echo "    .venv/bin/python -m scripts.chat_cli -i base -p \"Returns the\""

@@ -1,0 +1,28 @@
+"""Strict numerics for every test: no silent promotion, shapes checked at run time."""
+
+import os
+
+# Eight devices on one machine, so that sharding is exercised everywhere, and a compiler that does
+# not optimise: most of a test's time is compilation. Both are read when jax starts.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jaxtyping
+
+TYPE_CHECKED = ["attention", "gpt", "kv_cache", "loss", "optim", "train_step", "decoding"]
+jaxtyping.install_import_hook([f"jaxchat.{name}" for name in TYPE_CHECKED], "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch):
+    """An empty base directory of the test's own."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path

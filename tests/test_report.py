@@ -1,0 +1,215 @@
+"""The report: what goes in comes out, in order, whatever text it is made of."""
+
+import io
+import re
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxchat import report
+from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text
+from scripts import report as report_script
+
+LOSS = Curve(
+    "Training loss",
+    "step",
+    "loss (nats per token)",
+    {"train": ([0, 1, 2, 3], [9.0, 5.0, float("nan"), 4.0]), "val": ([3], [4.5])},
+)
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A report on a machine that is always the same."""
+    environment = {"python": "3.11", "cpu": "abacus", "gpu": "none", "commit": "c0ffee"}
+    monkeypatch.setattr(report, "environment", lambda: dict(environment))
+    return Report(tmp_path)
+
+
+def test_sections_come_back_as_they_were(card):
+    parts = [
+        Text("one\n\ntwo"),
+        Table(["a", "b"], [["x", 1.5], [None, True]], "caption"),
+        KeyValues({"depth": 4, "lr": 0.02, "tag": None}),
+        LOSS,
+        Samples([("The", " end")], "greedy"),
+    ]
+    card.add("base_train", "Base", parts, wall_seconds=3.5, figures={"val bpb": 1.25})
+    (section,) = card.sections()
+    assert (section.stage, section.title, section.wall_seconds) == ("base_train", "Base", 3.5)
+    assert section.figures == {"val bpb": 1.25}
+    assert section.environment["commit"] == "c0ffee"
+    assert repr(section.parts).replace("(", "[").replace(")", "]") == (
+        repr(parts).replace("(", "[").replace(")", "]")  # JSON has no tuples
+    )
+
+
+def test_sections_are_in_pipeline_order_and_a_rerun_replaces_its_own(card):
+    for stage in ("zeta", "chat_eval_sft", "base_eval", "alpha", "chat_sft", "tok_train"):
+        card.add(stage, f"first {stage}", [])
+    card.add("base_eval", "second base_eval", [])
+    assert [section.stage for section in card.sections()] == [
+        *["tok_train", "base_eval", "chat_sft", "chat_eval_sft", "alpha", "zeta"]
+    ]
+    headings = re.findall(r"^## (.*)$", card.render().read_text(), re.MULTILINE)
+    assert headings[-6:] == [
+        *["first tok\\_train", "second base\\_eval", "first chat\\_sft"],
+        *["first chat\\_eval\\_sft", "first alpha", "first zeta"],
+    ]
+
+
+def test_the_header_sums_up(card):
+    card.add("base_eval", "Base", [], wall_seconds=65, figures={"val bpb": 1.25, "CORE": 0.1234567})
+    card.add("chat_eval_sft", "Chat", [], wall_seconds=3600, figures={"ChatCORE": 0.3})
+    card.add("tok_eval", "Tokens", [], figures={"bytes per token": 4})
+    text = card.render().read_text()
+    assert "| figure | base | sft |\n|---|---|---|\n| val bpb | 1.25 |  |" in text
+    assert "| CORE | 0.1235 |  |\n| ChatCORE |  | 0.3 |" in text
+    assert "| base\\_eval | 1m 05s |" in text
+    assert "| total | 1h 01m 05s |" in text
+    assert "| abacus | c0ffee |" in text
+
+
+def test_pictures_are_drawn_linked_and_cleaned_up(card):
+    card.add("base_train", "Base", [Text("x"), LOSS])
+    path = card.render()
+    picture = path.parent / "report_files" / "base_train_1.png"
+    assert f"![Training loss](report_files/{picture.name})" in path.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    card.add("base_train", "Base", [LOSS])
+    card.render()
+    assert [p.name for p in picture.parent.iterdir()] == ["base_train_0.png"]
+
+
+def test_pictures_can_be_read_on_light_and_dark_pages():
+    """No background of its own, and every ink at least 2.5:1 in contrast to white and to black."""
+    from matplotlib.image import imread
+
+    pixels = imread(io.BytesIO(report.draw(LOSS)))  # (height, width, rgba)
+    assert pixels[0, 0, 3] == 0
+    solid = pixels[pixels[..., 3] == 1][:, :3]
+    assert len(solid) > 500
+    linear = np.where(solid <= 0.04045, solid / 12.92, ((solid + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    assert (1.05 / (luminance + 0.05)).min() > 2.5
+    assert ((luminance + 0.05) / 0.05).min() > 2.5
+
+
+def test_numbers_of_numpy_are_stored(card):
+    curve = Curve("c", "x", "y", {"a": (np.arange(3), np.ones(3, np.float32))})
+    card.add("s", "S", [Table(["n"], [[np.float32(0.5)], [np.int64(7)]]), curve])
+    (section,) = card.sections()
+    assert section.parts[0].rows == [[0.5], [7]]
+    assert section.parts[1].lines["a"] == [[0, 1, 2], [1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, ""),
+        (True, "True"),
+        (1234567, "1,234,567"),
+        (0.000123456, "0.0001235"),
+        (1234.5678, "1235"),
+        (123456.7, "123,457"),
+        (float("nan"), "nan"),
+        ("a|b", "a\\|b"),
+        ("3.11.7", "3.11.7"),
+        ("-6.6%", "-6.6%"),
+    ],
+)
+def test_cells_are_readable(card, value, shown):
+    card.add("s", "S", [Table(["v"], [[value]])])
+    assert f"| v |\n|---|\n| {shown} |\n" in card.render().read_text()
+
+
+@given(st.text(max_size=60))
+def test_escaped_text_reads_back_and_stays_on_its_line(text):
+    """CommonMark: a backslash before punctuation stands for the punctuation."""
+    escaped = report.escape(text)
+    assert len(escaped.splitlines()) <= 1
+    read = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped)
+    assert read == "".join(c if c.isprintable() else " " for c in text)
+    assert not re.search(r"(?<!\\)(\\\\)*[`*_\[\]<>|$&]", escaped)
+    assert not re.match(r"\s*([-+#=]+|\d+[.)])(\s|$)", escaped)
+
+
+def test_text_is_no_markup(card):
+    card.add(
+        "s", "S", [Text("# no heading\n\n- no *list*\n\n    no code\n\n1. no\n\n---\n\n<b>no</b>")]
+    )
+    shown = card.render().read_text().split("## S\n\n")[1].split("\n\n")
+    assert shown == [
+        *["\\# no heading", "\\- no \\*list\\*", "no code", "1\\. no", "\\---"],
+        "\\<b\\>no\\</b\\>\n",
+    ]
+
+
+@given(st.text(alphabet="`~\n |#a", max_size=60))
+def test_a_sample_cannot_leave_its_block(text):
+    fence, *body, closing, _ = report._fenced(text)
+    assert fence == closing + "text"
+    assert "\n".join(body) == text
+    assert all(not line.lstrip().startswith(closing) for line in body)
+
+
+def test_samples_are_shown_verbatim(card):
+    card.add("s", "S", [Samples([("```py", "|x|\x1b[2J\n# no heading")])])
+    assert "````text\n```py▸|x|\ufffd[2J\n# no heading\n````" in card.render().read_text()
+
+
+def test_a_damaged_section_is_named(card):
+    card.add("tok_train", "T", [])
+    path = card.directory / "sections" / "tok_train.json"
+    for content in (b"", b"[]", b"{}", b'{"parts": [{"kind": "Evil"}]}', path.read_bytes()[:-9]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tok_train\.json is damaged .*run stage tok_train"):
+            card.render()
+
+
+def test_mistakes_are_named(card):
+    with pytest.raises(ValueError, match=r"stage '\.\./x' must be lower-case"):
+        card.add("../x", "X", [])
+    with pytest.raises(ValueError, match="table row 1 has 1 cells, the header 2"):
+        Table(["a", "b"], [[1, 2], [3]])
+    with pytest.raises(ValueError, match="curve 'loss': 2 x values, 1 y values"):
+        Curve("c", "x", "y", {"loss": ([1, 2], [3])})
+
+
+def test_the_environment_is_described_in_seconds():
+    start = time.monotonic()
+    found = report.environment()
+    assert {"python", "jax", "torch", "cpu", "memory", "gpu", "commit"} <= found.keys()
+    assert found["numpy"] == np.__version__
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.04, "0.0 s"), (59, "59.0 s"), (60, "1m 00s"), (3725, "1h 02m 05s")]
+)
+def test_durations(seconds, shown):
+    assert report.duration(seconds) == shown
+
+
+def test_the_script_copies_report_and_pictures(card, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"nothing to report in .*: run a stage first"):
+        report_script.main(report_script.Config(output=tmp_path / "out"))
+    card.add("base_train", "Base", [LOSS])
+    output = tmp_path / "out"
+    (output / "report_files").mkdir(parents=True)
+    (output / "report_files" / "stale.png").touch()
+    report_script.main(report_script.Config(output=output))
+    assert capsys.readouterr().out.strip() == str((output / "report.md").resolve())
+    assert (output / "report.md").read_bytes() == (card.directory / "report.md").read_bytes()
+    assert [p.name for p in (output / "report_files").iterdir()] == ["base_train_0.png"]
+
+
+def test_copying_onto_itself_keeps_the_pictures(card):
+    card.add("base_train", "Base", [LOSS])
+    path = card.render()
+    assert report_script.copy(path, path.parent) == path
+    assert (path.parent / "report_files" / "base_train_0.png").is_file()

@@ -1,0 +1,92 @@
+"""The whole step: against JAX's plain gradient, over micro-batches, and over devices."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxchat import optim, sharding
+from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.params import bind, split
+from jaxchat.schedule import StepSchedule, schedule_at
+from jaxchat.train_step import TrainState, loss_and_grads, make_train_step
+from tests.models import PRESETS, make_perturbed
+
+
+def random_batch(shape, vocab_size=300, seed=0):
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (*shape[:-1], shape[-1] + 1))
+    inputs, targets = ids[..., :-1].astype(np.int32), ids[..., 1:].astype(np.int32)
+    targets[0, 0, : shape[-1] // 2] = -1
+    return inputs, targets
+
+
+def mesh_of(count):
+    return sharding.make_mesh(jax.devices()[:count])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_loss_and_gradients_are_those_of_the_whole_batch(preset):
+    """Micro-batches with unequal counts of targets, on eight devices, against one plain mean."""
+    graphdef, params = split(make_perturbed(PRESETS[preset]))
+    inputs, targets = random_batch((2, 8, 160))
+
+    def plain(params):
+        x, y = jnp.asarray(inputs.reshape(16, 160)), targets.reshape(16, 160)
+        log_probs = jax.nn.log_softmax(bind(graphdef, params)(x), axis=-1)
+        picked = jnp.take_along_axis(log_probs, jnp.maximum(y, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(y >= 0, picked, 0.0)) / np.float32((y >= 0).sum())
+
+    step = jax.jit(lambda p, b: loss_and_grads(graphdef, p, b, mesh_of(8)))
+    loss, grads = step(params, (inputs, targets))
+    expected_loss, expected = jax.jit(jax.value_and_grad(plain))(params)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    for name in params:
+        # a scalar's gradient is one sum over every activation, whose terms cancel
+        relative = 1e-4 if params[name].size == 1 else 1e-5
+        scale = float(jnp.abs(expected[name]).max())
+        np.testing.assert_allclose(
+            grads[name], expected[name], atol=relative * scale, err_msg=name
+        )
+
+
+def losses_on(devices, micro_batches, steps=6):
+    config = replace(PRESETS["modern"], n_layer=2)
+    graphdef, params = split(make_perturbed(config))
+    optimizer = OptimizerConfig()
+    plan = plan_training(config, optimizer, num_iterations=steps, total_batch_size=16 * 64)
+    mesh = mesh_of(devices)
+    transform = optim.make_optimizer(config, optimizer, plan, stack_multiple=devices)
+    step = make_train_step(graphdef, transform, mesh)
+    state = TrainState(params, transform.init(params))
+    losses = []
+    for i in range(steps):
+        inputs, targets = random_batch((1, 16, 64), seed=i % 2)
+        shape = (micro_batches, -1, 64)
+        schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
+        batch = (jnp.asarray(inputs.reshape(shape)), jnp.asarray(targets.reshape(shape)))
+        state, metrics = step(state, batch, schedule)
+        losses.append(float(metrics.loss))
+    return losses
+
+
+def test_eight_devices_train_as_one():
+    alone = losses_on(1, 1)
+    np.testing.assert_allclose(losses_on(8, 1), alone, rtol=1e-5)
+    np.testing.assert_allclose(losses_on(4, 2), alone, rtol=1e-5)
+    assert alone[4] < alone[0]  # it does learn the batch that it saw before
+
+
+def test_a_step_compiles_once():
+    config = PRESETS["modern"]
+    graphdef, params = split(make_perturbed(config))
+    plan = plan_training(config, OptimizerConfig(), num_iterations=4, total_batch_size=1024)
+    transform = optim.make_optimizer(config, OptimizerConfig(), plan)
+    step = make_train_step(graphdef, transform, mesh_of(1))
+    place = sharding.place(mesh_of(1), sharding.REPLICATED)
+    state = jax.device_put(TrainState(params, transform.init(params)), place)
+    for i in range(3):
+        schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
+        state, _ = step(state, random_batch((1, 2, 64), seed=i), schedule)
+    assert step._cache_size() == 1

@@ -1,0 +1,66 @@
+"""The machine as PyTorch sees it: which device, in which compute dtype.
+
+The twin of `jaxchat/runtime.py`, whose framework-free half (names, peak speeds) it uses.
+"""
+
+import os
+
+import torch
+
+from jaxchat import runtime
+from jaxchat.backend import DeviceInfo
+
+PLATFORMS = {"cuda": "gpu", "mps": "mps", "cpu": "cpu"}
+"""What `DeviceInfo` calls torch's device types."""
+
+
+def pick_device() -> torch.device:
+    """CUDA, else MPS, else the CPU, unless `JAXCHAT_DEVICE` asks for one of them."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    asked = os.environ.get("JAXCHAT_DEVICE") or next(name for name in there if there[name])
+    if not there.get(asked, False):
+        found = ", ".join(name for name in there if there[name])
+        raise ValueError(f"JAXCHAT_DEVICE={asked!r} is not on this machine; it has {found}")
+    if asked == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(asked)
+
+
+def compute_dtype(device: torch.device, explicit: str | None = None) -> torch.dtype:
+    """bfloat16 on CUDA from Ampere on, float16 on MPS, float32 elsewhere, unless asked for."""
+    name = runtime.requested_dtype(explicit)
+    if name is not None:
+        return getattr(torch, name)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Where Muon iterates: bfloat16 only where it is fast; float16 would overflow."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if ampere else torch.float32
+
+
+def describe(device: torch.device, world: int) -> DeviceInfo:
+    """The `DeviceInfo` of `world` processes with one such device each."""
+    peak = None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = runtime.peak_flops(name)
+    elif device.type == "mps":
+        name = f"Apple GPU ({runtime.cpu_model()})"
+    else:
+        name = f"CPU process ({runtime.cpu_model()}, {os.cpu_count()} cores)"
+    return DeviceInfo(
+        platform=PLATFORMS[device.type],
+        count=world,
+        description=f"{world} x {name}",
+        peak_flops=None if peak is None else peak * world,
+    )

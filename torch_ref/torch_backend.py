@@ -1,0 +1,186 @@
+"""`Backend` on PyTorch: CUDA, MPS or CPU, one process or several under torchrun.
+
+The object holds the model and hands it to the functions of train_step.py, loss.py and decoding.py;
+it computes nothing itself. Under torchrun every process is called alike, with the whole batch, and
+works on its own rows. Left out: schedules, data and checkpoint names, which belong to callers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jaxchat.backend import DecodeBatch, DecodeResult, Scores
+from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.convert import check_params
+from jaxchat.schedule import StepSchedule
+from torch_ref import decoding, kv_cache, runtime, weights
+from torch_ref.gpt import GPT
+from torch_ref.kv_cache import KVCache
+from torch_ref.loss import token_scores
+from torch_ref.optim import Optimizer, make_optimizer
+from torch_ref.sharding import join_ranks
+from torch_ref.train_step import LossScale, global_norm, loss_and_grads
+
+SCORE_TOKENS = {"cuda": 65536}
+"""Most tokens of one evaluation forward by device type."""
+
+SCORE_TOKENS_ELSEWHERE = 8192
+"""On other devices: an 8 GB Mac holds the activations of this many."""
+
+
+class TorchBackend:
+    """One model on this process's device."""
+
+    name = "torch"
+
+    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+        self.config = config
+        self.device = runtime.pick_device()
+        self.dtype = runtime.compute_dtype(self.device, dtype)
+        self.ranks = join_ranks(self.device)
+        self.devices = runtime.describe(self.device, self.ranks.world)
+        self._model = GPT(config, self.dtype).to(self.device)
+        self._has_weights = False
+        self._optimizer: Optimizer | None = None
+        self._loss_scale = LossScale() if self.dtype == torch.float16 else None
+
+    # --- weights -------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> GPT:
+        if not self._has_weights:
+            raise ValueError("this backend has no weights yet: call init, load or set_params")
+        return self._model
+
+    def init(self, seed: int) -> None:
+        self._model.init_weights(torch.Generator().manual_seed(seed))
+        self._has_weights = True
+
+    def get_params(self) -> dict[str, np.ndarray]:
+        return weights.get_params(self.model)
+
+    def set_params(self, params: Mapping[str, np.ndarray]) -> None:
+        weights.set_params(self._model, params)
+        self._has_weights = True
+
+    def save(self, directory: Path) -> None:
+        files: dict[str, Mapping[str, Tensor]] = {
+            weights.PARAMS: dict(self.model.named_parameters())
+        }
+        if self._optimizer is not None:
+            files[weights.OPTIMIZER] = self._optimizer.state() | self._scale_state()
+        if self.ranks.rank == 0:
+            weights.save_folder(directory, files)
+        self.ranks.barrier()
+
+    def load(self, directory: Path) -> None:
+        params = weights.load_file(directory / weights.PARAMS)
+        if self._optimizer is not None:
+            state = weights.load_file(directory / weights.OPTIMIZER)
+            scale = state.pop("loss_scale", None)
+            check_params(state, self._optimizer.shapes())
+            weights.set_params(self._model, params)
+            self._optimizer.load({name: torch.from_numpy(x) for name, x in state.items()})
+            if self._loss_scale is not None and scale is not None:
+                self._loss_scale = LossScale(float(scale))
+        else:
+            weights.set_params(self._model, params)
+        self._has_weights = True
+
+    def wait(self) -> None:
+        """`save` returns when the bytes are on disk."""
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        if self._loss_scale is None:
+            return {}
+        return {"loss_scale": torch.tensor(self._loss_scale.value)}
+
+    # --- training ------------------------------------------------------------------------------
+
+    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
+        self._optimizer = make_optimizer(
+            dict(self.model.named_parameters()),
+            self.config,
+            optimizer,
+            plan,
+            iteration_dtype=runtime.iteration_dtype(self.device),
+            ranks=self.ranks,
+        )
+        if self._loss_scale is not None:
+            self._loss_scale = LossScale()
+
+    def train_step(
+        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+    ) -> Mapping[str, Float[Tensor, ""]]:
+        assert self._optimizer is not None, "call start_training before train_step"
+        rows, world = inputs.shape[1], self.ranks.world
+        if rows % world:
+            raise ValueError(
+                f"micro-batches of {rows} rows do not divide over {world} processes; use a "
+                f"device_batch_size that is a multiple of {world}"
+            )
+        own = slice(self.ranks.rank * rows // world, (self.ranks.rank + 1) * rows // world)
+        loss, grads = loss_and_grads(
+            self.model,
+            self._to_device(inputs[:, own]),
+            self._to_device(targets[:, own]),
+            count=max(1, int((targets >= 0).sum())),
+            ranks=self.ranks,
+            loss_scale=1.0 if self._loss_scale is None else self._loss_scale.value,
+        )
+        norm = global_norm(grads.values())
+        if self._loss_scale is None or self._loss_scale.accepts(norm):
+            self._optimizer.step(grads, schedule)
+        return {"loss": loss, "grad_norm": norm}
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
+        x, y = self._to_device(inputs), self._to_device(targets)
+        divided = self.ranks.divides(x)
+        parts = [self._score(*part) for part in self._evaluation_parts(x, y)]
+        nll, greedy = (torch.cat(column) for column in zip(*parts, strict=True))
+        if divided:
+            nll, greedy = self.ranks.gather(nll), self.ranks.gather(greedy)
+        return Scores(nll.cpu().numpy(), greedy.cpu().numpy().astype(np.int32))
+
+    def _evaluation_parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
+        """This process's rows, as many at a time as memory allows."""
+        most = SCORE_TOKENS.get(self.device.type, SCORE_TOKENS_ELSEWHERE)
+        rows = max(1, most // inputs.shape[1])
+        own = (self.ranks.shard(x).split(rows) for x in (inputs, targets))
+        return list(zip(*own, strict=True))
+
+    @torch.no_grad()
+    def _score(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.model.hidden(inputs)
+        return token_scores(
+            hidden,
+            self.model.lm_head.weight,
+            targets,
+            vocab_size=self.config.vocab_size,
+            softcap=self.config.logit_softcap,
+        )
+
+    # --- generation ----------------------------------------------------------------------------
+
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
+        return kv_cache.make_cache(self.config, rows, max_length, self.dtype, self.device)
+
+    def prefill(
+        self, cache: KVCache, row: int, ids: np.ndarray, start: int
+    ) -> tuple[KVCache, np.ndarray]:
+        return decoding.prefill(self.model, cache, row, ids, start)
+
+    def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
+        return kv_cache.copy_row(cache, source, target, length)
+
+    def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
+        return decoding.decode(self.model, cache, batch)
+
+    def _to_device(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)
