@@ -63,7 +63,7 @@ class Decoder:
             bucket = _bucket(begin + len(chunk), cache.max_length)
             padded = np.zeros(min(_ceil(len(chunk), CHUNK_LENGTHS), bucket), np.int32)
             padded[: len(chunk)] = chunk
-            where = _Place(np.int32(row), np.int32(begin), np.int32(len(chunk)))
+            where = _Place(jnp.int32(row), jnp.int32(begin), jnp.int32(len(chunk)))
             window, logits = self._read(weights, cache, padded, where, bucket)
             cache = self._write(cache, window, where, bucket)
         return cache, np.asarray(logits)
@@ -81,12 +81,12 @@ class Decoder:
         stops = np.zeros(self.config.vocab_size, bool)
         stops[[id for id in batch.stop_ids if id < len(stops)]] = True
         inputs = _DecodeInputs(
-            tokens=batch.tokens.astype(np.int32),
-            lengths=batch.lengths.astype(np.int32),
-            budgets=budgets,
-            uniforms=batch.uniforms.astype(np.float32),
+            tokens=jnp.asarray(batch.tokens, jnp.int32),
+            lengths=jnp.asarray(batch.lengths, jnp.int32),
+            budgets=jnp.asarray(budgets),
+            uniforms=jnp.asarray(batch.uniforms, jnp.float32),
             params=device_sampling.row_params(batch.params),
-            stops=stops,
+            stops=jnp.asarray(stops),
         )
         assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
         bucket = _bucket(needed, cache.max_length)
@@ -96,7 +96,7 @@ class Decoder:
     def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
         """See `Backend.copy_row`."""
         bucket = _bucket(length, cache.max_length)
-        return self._copy_row(cache, np.int32(source), np.int32(target), bucket)
+        return self._copy_row(cache, jnp.int32(source), jnp.int32(target), bucket)
 
     def _prepare(self, params: Params) -> Params:
         """The weights in the compute dtype, converted once for each set of them."""

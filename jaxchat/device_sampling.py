@@ -11,13 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxchat.config import SamplingParams
-
-BLOCK = 128
-"""Weights are summed in blocks of this many, then the sums: as the definition does."""
+from jaxchat.sampling import BLOCK, MIN_TEMPERATURE
 
 BITS_OF_ONE = 30
 """Bits that the pattern of a float32 in [0, 1] needs: 1.0 is 0x3F800000 < 2 ** 30."""
@@ -38,10 +35,10 @@ def row_params(rows: Sequence[SamplingParams | None]) -> RowParams:
     idle = SamplingParams(temperature=0.0)
     filled = [row or idle for row in rows]
     return RowParams(
-        np.array([row.temperature for row in filled], np.float32),
-        np.array([row.top_k or 0 for row in filled], np.int32),
-        np.array([row.top_p for row in filled], np.float32),
-        np.array([row.min_p for row in filled], np.float32),
+        jnp.array([row.temperature for row in filled], jnp.float32),
+        jnp.array([row.top_k or 0 for row in filled], jnp.int32),
+        jnp.array([row.top_p for row in filled], jnp.float32),
+        jnp.array([row.min_p for row in filled], jnp.float32),
     )
 
 
@@ -71,8 +68,8 @@ def _argmax(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
 def filtered_weights(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, "S V"]:
     """Unnormalised probabilities of the tokens that survive the filters, else 0."""
     temperature = jnp.where(params.temperature > 0, params.temperature, jnp.float32(1))
-    scaled = logits / temperature[:, None]
-    weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    below_best = logits - logits.max(axis=-1, keepdims=True)
+    weights = jnp.exp(below_best / jnp.maximum(temperature, MIN_TEMPERATURE)[:, None])
     vocab = logits.shape[-1]
     with_k = (params.top_k > 0) & (params.top_k < vocab) & (params.temperature > 0)
     wanted = jnp.where(with_k, params.top_k, 0).astype(jnp.float32)

@@ -12,7 +12,6 @@ Left out: threads, queues with limits and time-outs (the server), text of prompt
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from jaxchat.backend import Backend, DecodeBatch
 from jaxchat.config import SamplingParams
 from jaxchat.reply import Reply
 from jaxchat.request import Completion, Event, Request
+from jaxchat.slots import Prompt, Sample, Slot, common_prefix
 from jaxchat.tokenizer import Tokenizer
 
 SLOTS = 8
@@ -55,8 +55,8 @@ class Engine:
         self._eos = frozenset(map(tokenizer.special_id, ("assistant_end", "bos")))
         self._python_end = tokenizer.special_id("python_end")
         self._cache = backend.new_cache(slots, self.max_length)
-        self._slots = [_Slot(index) for index in range(slots)]
-        self._waiting: deque[_Sample] = deque()
+        self._slots = [Slot(index) for index in range(slots)]
+        self._waiting: deque[Sample] = deque()
         self._events: list[Event] = []
         self._count = 0
 
@@ -69,11 +69,11 @@ class Engine:
         """
         self._check(request)
         number, self._count = self._count, self._count + 1
-        prompt = _Prompt(list(request.ids))
+        prompt = Prompt(list(request.ids))
         for row in range(request.row, request.row + request.n):
             stops = request.params.stop
             reply = Reply(self.tokenizer, stops=stops, tools=request.tools)
-            self._waiting.append(_Sample(number, row, request, prompt, reply))
+            self._waiting.append(Sample(number, row, request, prompt, reply))
         return number
 
     def cancel(self, number: int) -> None:
@@ -162,15 +162,15 @@ class Engine:
         free = [slot for slot in self._slots if slot.sample is None]
         while self._waiting and free:
             sample = self._waiting.popleft()
-            slot = max(free, key=lambda s: (_common_prefix(s.held, sample.prompt.ids), -s.used))
+            slot = max(free, key=lambda s: (common_prefix(s.held, sample.prompt.ids), -s.used))
             free.remove(slot)
             self._count_use(slot)
             slot.start(sample)
 
-    def _count_use(self, slot: "_Slot") -> None:
+    def _count_use(self, slot: Slot) -> None:
         slot.used = max(other.used for other in self._slots) + 1
 
-    def _prefill(self, slot: "_Slot") -> None:
+    def _prefill(self, slot: Slot) -> None:
         """Read what is pending and sample the next token on the host."""
         sample = slot.sample
         assert sample is not None
@@ -181,13 +181,13 @@ class Engine:
         token = sampling.sample(logits, params, uniform)
         self._accept(slot, token, sampling.logprob(logits, token))
 
-    def _read(self, slot: "_Slot") -> np.ndarray:
+    def _read(self, slot: Slot) -> np.ndarray:
         ids = np.array(slot.pending, np.int32)
         self._cache, logits = self.backend.prefill(self._cache, slot.index, ids, len(slot.held))
         slot.held += slot.pending
         return logits
 
-    def _read_prompt(self, slot: "_Slot", prompt: "_Prompt") -> np.ndarray:
+    def _read_prompt(self, slot: Slot, prompt: Prompt) -> np.ndarray:
         """The logits after a prompt; the row is a copy where another sample has read it before."""
         length = len(prompt.ids)
         holders = [s for s in (slot, *self._slots) if s.held[:length] == prompt.ids]
@@ -216,7 +216,7 @@ class Engine:
                 if slot.sample is None:
                     break
 
-    def _batch(self, active: Sequence["_Slot"]) -> DecodeBatch:
+    def _batch(self, active: Sequence[Slot]) -> DecodeBatch:
         count, most = len(self._slots), self.tokens_per_dispatch
         tokens, lengths, budgets = (np.zeros(count, np.int32) for _ in range(3))
         uniforms = np.zeros((count, most), np.float32)
@@ -227,15 +227,16 @@ class Engine:
             assert sample is not None
             (tokens[i],), lengths[i] = slot.pending, len(slot.held)
             budgets[i] = min(most, self._room(sample))
+            seed = sample.request.params.seed
+            uniforms[i] = sampling.uniforms(seed, sample.row, sample.length, most)
             params[i] = sample.request.params
-            uniforms[i] = sampling.uniforms(params[i].seed, sample.row, sample.length, most)
             stop_ids |= sample.request.stop_ids
         return DecodeBatch(tokens, lengths, budgets, uniforms, tuple(params), stop_ids)
 
     # --- what a token means --------------------------------------------------------------------
 
-    def _accept(self, slot: "_Slot", token: int, logprob: float) -> None:
-        """Take in a sampled token: it ends the reply, or is pending, with a tool's output if any."""
+    def _accept(self, slot: Slot, token: int, logprob: float) -> None:
+        """Take in a sampled token: it ends the reply, or waits, with what a tool adds to it."""
         sample = slot.sample
         assert sample is not None
         ends = sample.request.stop_ids | (frozenset() if sample.request.ignore_eos else self._eos)
@@ -252,14 +253,14 @@ class Engine:
             self._finish(sample, "stop" if sample.reply.stopped else "length")
             slot.sample = None
 
-    def _room(self, sample: "_Sample") -> int:
+    def _room(self, sample: Sample) -> int:
         """Tokens that the reply may still get. The very last one is never read, so needs no row."""
         return min(
             sample.request.params.max_tokens - sample.generated,
             self.max_length + 1 - sample.length,
         )
 
-    def _emit(self, sample: "_Sample", token: int, logprob: float | None) -> None:
+    def _emit(self, sample: Sample, token: int, logprob: float | None) -> None:
         part, text = sample.reply.push(token)
         sample.generated += 1
         forced = logprob is None
@@ -269,7 +270,7 @@ class Engine:
 
     def _finish(
         self,
-        sample: "_Sample",
+        sample: Sample,
         reason: str,
         *,
         stop_id: int | None = None,
@@ -287,65 +288,3 @@ class Engine:
                 stop_id=stop_id,
             )
         )
-
-
-@dataclass
-class _Prompt:
-    """The prompt of a request, shared by its samples."""
-
-    ids: list[int]
-    logits: np.ndarray | None = None
-    """What follows it, once a sample has read it."""
-
-
-@dataclass(eq=False)
-class _Sample:
-    """One reply on its way."""
-
-    number: int
-    row: int
-    request: Request
-    prompt: _Prompt
-    reply: Reply
-    generated: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the reply so far: the position of the next one."""
-        return len(self.prompt.ids) + self.generated
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A row of the cache and the sample that sits in it."""
-
-    index: int
-    held: list[int] = field(default_factory=list)
-    """The ids in the row, also after its sample has ended."""
-    pending: list[int] = field(default_factory=list)
-    """The sample's ids that are not in the row yet."""
-    sample: _Sample | None = None
-    started: bool = False
-    """Whether the sample's prompt has been read."""
-    used: int = 0
-    """When the slot was last taken, in admissions."""
-
-    def start(self, sample: _Sample) -> None:
-        """Take a sample in, keeping what the row holds of its prompt.
-
-        The last id is read again, unless it is known what follows it.
-        """
-        ids = sample.prompt.ids
-        kept = _common_prefix(self.held, ids)
-        if sample.prompt.logits is None:
-            kept = min(kept, len(ids) - 1)
-        self.held, self.pending = ids[:kept], ids[kept:]
-        self.sample, self.started = sample, False
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences share from the start."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

@@ -108,7 +108,7 @@ class CausalSelfAttention(nnx.Module):
         value_embed: Float[Array, "B T E"] | None,
         cos_sin: tuple[Array, Array],
         cache: KVCache | None,
-        valid: Int[Array, " B"] | None,
+        valid: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         rows, length, _ = x.shape
         q = self.c_q(x).reshape(rows, length, self.n_head, self.head_dim)
@@ -155,7 +155,7 @@ class Block(nnx.Module):
         value_embed: Float[Array, "B T E"] | None,
         cos_sin: tuple[Array, Array],
         cache: KVCache | None,
-        valid: Int[Array, " B"] | None,
+        valid: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         mixed, stored = self.attn(norm(x), value_embed, cos_sin, cache, valid)
         x = x + mixed
@@ -220,8 +220,8 @@ class GPT(nnx.Module):
         `valid[b]` of them count (all, when None): the rest is padding.
         """
         config = self.config
-        if cache is not None and valid is None:
-            valid = jnp.full_like(cache.lengths, ids.shape[1])
+        if valid is None:
+            valid = jnp.full(len(ids), ids.shape[1], jnp.int32)
         starts = jnp.zeros(len(ids), jnp.int32) if cache is None else cache.lengths
         positions = starts[:, None] + jnp.arange(ids.shape[1])[None]
         cos_sin = rotary_angles(positions, config.head_dim, config.rope_base)

@@ -17,7 +17,7 @@ class Request:
 
     ids: Sequence[int]
     """The prompt."""
-    params: SamplingParams = SamplingParams()
+    params: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     """Samples of the same prompt, with the rows `row`, ..., `row + n - 1`."""
     row: int = 0

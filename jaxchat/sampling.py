@@ -17,6 +17,9 @@ from jaxchat.config import SamplingParams
 BLOCK = 128
 """Tokens per block of the cumulative distribution."""
 
+MIN_TEMPERATURE = 1e-30
+"""Lower ones count as this: division by a denormal float32 is undefined on some devices."""
+
 
 def uniform(seed: int, row: int, position: int) -> np.float32:
     """A number in [0, 1) with 24 random bits: SplitMix64's finaliser over the three keys."""
@@ -57,8 +60,8 @@ def filtered_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
 
     top-k acts on the logits; top-p and min-p act on the distribution that top-k leaves.
     """
-    scaled = logits.astype(np.float32) / np.float32(params.temperature)
-    weights = np.exp(scaled - scaled.max())
+    below_best = logits.astype(np.float32) - np.float32(logits.max())
+    weights = np.exp(below_best / np.float32(max(params.temperature, MIN_TEMPERATURE)))
     if params.top_k and params.top_k < len(weights):
         weights = np.where(weights >= np.sort(weights)[-params.top_k], weights, np.float32(0))
     if params.top_p < 1:

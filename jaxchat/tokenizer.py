@@ -20,7 +20,7 @@ import codecs
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -82,14 +82,7 @@ class Tokenizer:
         self._special_ids = {n: len(tokens) + i for i, n in enumerate(SPECIAL_NAMES)}
 
     @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        *,
-        vocab_size: int,
-        pattern: str = SPLIT_PATTERN,
-        progress: Callable[[str, int, int], None] | None = None,
-    ) -> Self:
+    def train(cls, texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN) -> Self:
         """Learn `vocab_size` tokens (specials included) from `texts`.
 
         A corpus that is too small yields fewer: compare the result's `vocab_size`. Raises

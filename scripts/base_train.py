@@ -17,7 +17,7 @@ from typing import Any
 from jaxchat.artifacts import base_dir
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.engine import Engine, complete_text
+from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte
 
 from jaxchat import cli, runtime
@@ -37,6 +37,7 @@ from jaxchat.config import (
     plan_training,
 )
 from jaxchat.report import Report
+from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import Tracker, open_guests, read_metrics
@@ -305,8 +306,9 @@ def validate(config: Config, corpus: Corpus, tokenizer: Tokenizer, backend: Back
 def sample(backend: Backend, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Prompt and greedy continuation, for each of `PROMPTS`."""
     params = SamplingParams(max_tokens=32, temperature=0.0)
-    continuations = complete_text(Engine(backend, tokenizer), PROMPTS, params)
-    return list(zip(PROMPTS, continuations, strict=True))
+    requests = [Request([tokenizer.bos_id, *tokenizer.encode(p)], params) for p in PROMPTS]
+    replies = Engine(backend, tokenizer).complete(requests)
+    return [(prompt, reply.text) for prompt, reply in zip(PROMPTS, replies, strict=True)]
 
 
 def show(samples: list[tuple[str, str]]) -> str:

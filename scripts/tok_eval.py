@@ -140,7 +140,7 @@ class Compression(NamedTuple):
 
 def main(config: Config) -> None:
     """Print the table and add it to the report."""
-    start, console = time.monotonic(), Console()
+    start, console = time.monotonic(), Console(highlight=False, markup=False)
     tokenizer = Tokenizer.load(artifacts.base_dir() / "tokenizer")
     others = load_published(config.ranks_dir)
     encoders = {"ours": tokenizer.encode, **{n: e.encode_ordinary for n, e in others.items()}}

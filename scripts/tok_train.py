@@ -67,7 +67,7 @@ class Reading:
 
 def main(config: Config) -> None:
     """Train, save, and add the section `tok_train` to the report."""
-    start, console = time.monotonic(), Console()
+    start, console = time.monotonic(), Console(highlight=False, markup=False)
     corpus = dataset.open_corpus(config.corpus)
     reading = Reading(
         corpus.iter_texts("train"), max_chars=config.max_chars, doc_cap=config.doc_cap
@@ -110,7 +110,8 @@ def main(config: Config) -> None:
 def train(reading: Reading, vocab_size: int, console: Console) -> Tokenizer:
     """`Tokenizer.train` behind a progress bar."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("reading", total=None)
 
         def watched() -> Iterator[str]:

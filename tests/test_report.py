@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,8 +100,9 @@ def test_pictures_can_be_read_on_light_and_dark_pages():
 
 
 def test_numbers_of_numpy_are_stored(card):
-    curve = Curve("c", "x", "y", {"a": (np.arange(3), np.ones(3, np.float32))})
-    card.add("s", "S", [Table(["n"], [[np.float32(0.5)], [np.int64(7)]]), curve])
+    line: Any = (np.arange(3), np.ones(3, np.float32))
+    rows: Any = [[np.float32(0.5)], [np.int64(7)]]
+    card.add("s", "S", [Table(["n"], rows), Curve("c", "x", "y", {"a": line})])
     (section,) = card.sections()
     assert section.parts[0].rows == [[0.5], [7]]
     assert section.parts[1].lines["a"] == [[0, 1, 2], [1.0, 1.0, 1.0]]

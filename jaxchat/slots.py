@@ -1,0 +1,71 @@
+"""The engine's bookkeeping: prompts, the samples drawn from them, and the slots they sit in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxchat.reply import Reply
+from jaxchat.request import Request
+
+
+@dataclass
+class Prompt:
+    """The prompt of a request, shared by its samples."""
+
+    ids: list[int]
+    logits: np.ndarray | None = None
+    """What follows it, once a sample has read it."""
+
+
+@dataclass(eq=False)
+class Sample:
+    """One reply on its way."""
+
+    number: int
+    row: int
+    request: Request
+    prompt: Prompt
+    reply: Reply
+    generated: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the reply so far: the position of the next one."""
+        return len(self.prompt.ids) + self.generated
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache and the sample that sits in it."""
+
+    index: int
+    held: list[int] = field(default_factory=list)
+    """The ids in the row, also after its sample has ended."""
+    pending: list[int] = field(default_factory=list)
+    """The sample's ids that are not in the row yet."""
+    sample: Sample | None = None
+    started: bool = False
+    """Whether the sample's prompt has been read."""
+    used: int = 0
+    """When the slot was last taken, in admissions."""
+
+    def start(self, sample: Sample) -> None:
+        """Take a sample in, keeping what the row holds of its prompt.
+
+        The last id is read again, unless it is known what follows it.
+        """
+        ids = sample.prompt.ids
+        kept = common_prefix(self.held, ids)
+        if sample.prompt.logits is None:
+            kept = min(kept, len(ids) - 1)
+        self.held, self.pending = ids[:kept], ids[kept:]
+        self.sample, self.started = sample, False
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences share from the start."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
