@@ -1,21 +1,44 @@
-"""Files that outlive a process: the base directory and atomic writes."""
+"""Files that outlive a process: the base directory, atomic writes, and downloads.
 
+The one idea: a path either holds the whole file or nothing. Writes go to a temporary neighbour and
+are renamed; downloads go to `.part`, are continued with HTTP Range after any failure, and are
+renamed when size and hash are right. Left out: what to download (`scripts.data_download`).
+"""
+
+import contextlib
+import fcntl
+import hashlib
 import os
+import random
+import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
+
+import requests
+
+CHUNK_BYTES = 1 << 20
+
+RETRIES = 6
+"""Attempts after the first; a transfer that gains ground does not use them up."""
+
+FINAL_STATUS = {
+    401: "it needs a login: set HF_TOKEN",
+    403: "access is refused: set HF_TOKEN, or accept the data set's terms on its page",
+    404: "it does not exist there: check the name, or HF_ENDPOINT",
+}
+"""Answers that no retry changes, and what to do."""
 
 
 def base_dir() -> Path:
     """Where everything is kept: JAXCHAT_BASE_DIR, NANOCHAT_BASE_DIR, or ~/.cache/jaxchat."""
-    for variable in ("JAXCHAT_BASE_DIR", "NANOCHAT_BASE_DIR"):
-        if os.environ.get(variable):
-            directory = Path(os.environ[variable]).expanduser()
-            break
-    else:
-        directory = Path.home() / ".cache" / "jaxchat"
+    named = os.environ.get("JAXCHAT_BASE_DIR") or os.environ.get("NANOCHAT_BASE_DIR")
+    directory = Path(named).expanduser() if named else Path.home() / ".cache" / "jaxchat"
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -35,3 +58,183 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path`.lock against other processes of this machine; waits for them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file somewhere else, and what is known of it."""
+
+    url: str
+    size: int | None = None
+    """Bytes; checked when known."""
+    sha256: str | None = None
+    """Hex digest; checked when known."""
+
+
+def hub_url(repo: str, filename: str, *, revision: str = "main") -> str:
+    """A data set's file on the Hugging Face hub, or on the mirror that HF_ENDPOINT names."""
+    return f"{_hub_endpoint()}/datasets/{repo}/resolve/{revision}/{filename}"
+
+
+def hub_file(repo: str, filename: str, *, timeout: float = 30.0) -> Remote:
+    """A hub file with the size and hash that the hub states (its `X-Linked-*` headers)."""
+    url = hub_url(repo, filename)
+    answer = requests.head(url, headers=_auth(url), timeout=timeout, allow_redirects=False)
+    if answer.status_code in FINAL_STATUS:
+        raise FileNotFoundError(f"{url}: {FINAL_STATUS[answer.status_code]}")
+    size = answer.headers.get("X-Linked-Size")
+    etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+    return Remote(url, int(size) if size else None, etag if len(etag) == 64 else None)
+
+
+def download(
+    remote: Remote,
+    path: Path,
+    *,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    timeout: float = 30.0,
+    backoff: float = 1.0,
+) -> Path:
+    """Fetch a file to `path`, or return at once when it is there.
+
+    Continues a `.part` of an earlier attempt. `on_bytes` hears how many bytes have come (negative
+    when some are thrown away). `timeout` is the longest silence in seconds; attempt k waits up to
+    backoff x 2^k seconds, as long as the server asks with Retry-After at least. OSError when the
+    server says no for good or all attempts fail; the part is kept.
+    """
+    with lock(path):
+        if path.exists():
+            return path
+        part = path.with_name(f"{path.name}.part")
+        attempt = 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                _transfer(remote, part, on_bytes, timeout)
+                _verify(remote, part, on_bytes)
+                os.replace(part, path)
+                return path
+            except _Final as error:
+                raise OSError(str(error)) from error
+            except (requests.RequestException, _Retry) as error:
+                if isinstance(error, _Corrupt):
+                    part.unlink()
+                gained = part.exists() and part.stat().st_size > before
+                attempt = 0 if gained else attempt + 1
+                if attempt > RETRIES:
+                    raise OSError(
+                        f"{remote.url} failed {attempt} times, last with: {error}; "
+                        "run the same command again to continue"
+                    ) from error
+                asked = getattr(error, "retry_after", 0.0)
+                time.sleep(max(asked, backoff * 2**attempt * random.uniform(0.5, 1)))
+
+
+class _Final(Exception):
+    """No retry helps."""
+
+
+class _Retry(Exception):
+    """Try again, not before `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def _transfer(remote: Remote, part: Path, on_bytes: Callable[[int], None], timeout: float) -> None:
+    """Append what is missing to `part`; raises when the connection ends early."""
+    start = part.stat().st_size if part.exists() else 0
+    if remote.size is not None and start == remote.size:
+        return
+    headers = {**_auth(remote.url), "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        with contextlib.suppress(FileNotFoundError):
+            headers["If-Range"] = _validator(part).read_text()
+    with requests.get(remote.url, headers=headers, stream=True, timeout=timeout) as answer:
+        _check_status(answer, remote.url)
+        resumed = answer.status_code == 206
+        if not resumed:
+            on_bytes(-start)
+            if etag := answer.headers.get("ETag"):
+                _validator(part).write_text(etag)
+        declared = int(answer.headers.get("Content-Length", 0))
+        _check_space(part, declared)
+        received = 0
+        with open(part, "ab" if resumed else "wb") as file:
+            for chunk in answer.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                received += len(chunk)
+                on_bytes(len(chunk))
+    if received < declared:
+        raise _Retry(f"the connection closed after {received:,} of {declared:,} bytes")
+
+
+def _check_status(answer: requests.Response, url: str) -> None:
+    code = answer.status_code
+    if code in FINAL_STATUS:
+        raise _Final(f"{url}: HTTP {code}, {FINAL_STATUS[code]}")
+    if code == 416:  # the part is longer than the file: it is of another version
+        raise _Corrupt(f"{url} has changed")
+    if code >= 400:
+        after = answer.headers.get("Retry-After", "")
+        raise _Retry(f"HTTP {code}", float(after) if after.isdigit() else 0.0)
+
+
+class _Corrupt(_Retry):
+    """The part is not a beginning of the file: start over."""
+
+
+def _verify(remote: Remote, part: Path, on_bytes: Callable[[int], None]) -> None:
+    size = part.stat().st_size
+    problem = None
+    if remote.size is not None and size != remote.size:
+        problem = f"it has {size:,} bytes instead of {remote.size:,}"
+    elif remote.sha256 is not None and file_sha256(part) != remote.sha256:
+        problem = "its hash is wrong"
+    if problem:
+        on_bytes(-size)
+        part.unlink()
+        raise _Retry(f"{remote.url} arrived damaged: {problem}")
+    _validator(part).unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _validator(part: Path) -> Path:
+    """Where the ETag of a part is kept, so that it is not continued from another version."""
+    return part.with_name(f"{part.name}.etag")
+
+
+def _check_space(part: Path, needed: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise _Final(
+            f"{part.parent} has {free:,} bytes free, the download needs {needed:,}: make room or "
+            "set JAXCHAT_BASE_DIR to another disk"
+        )
+
+
+def _hub_endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def _auth(url: str) -> Mapping[str, str]:
+    """The hub's token, for the hub alone; requests drops it on redirects to other hosts."""
+    token = os.environ.get("HF_TOKEN")
+    same_host = urlsplit(url).netloc == urlsplit(_hub_endpoint()).netloc
+    return {"Authorization": f"Bearer {token}"} if token and same_host else {}

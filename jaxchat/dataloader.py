@@ -37,8 +37,11 @@ PREFETCH_BATCHES = 4
 class Encoder(Protocol):
     """What the loader needs of a tokenizer."""
 
-    bos_id: int
-    fingerprint: str
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -167,9 +170,10 @@ class PackedLoader:
     def _put(self, item: object) -> None:
         while not self._stop.is_set():
             try:
-                return self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
+            return
 
     def _next_batch(self) -> Batch:
         numbers = range(self._rows, self._rows + self._rows_per_batch)
@@ -182,7 +186,9 @@ class PackedLoader:
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One state of the states that the processes of a run took at the same step."""
     merged = dict(states[0])
-    merged["streams"] = {name: place for state in states for name, place in state["streams"].items()}
+    merged["streams"] = {
+        name: place for state in states for name, place in state["streams"].items()
+    }
     return merged
 
 
@@ -213,8 +219,13 @@ class _Reader:
         self.documents = sum(count for _, _, count in self.groups)
         if not self.documents:
             raise ValueError(f"corpus {corpus.name} has no documents in split {split!r}")
-        # few groups cannot be dealt to the streams evenly: deal the documents of every group
-        self.deals_groups = len(self.groups) >= 4 * NUM_STREAMS
+        # few groups cannot be dealt to the streams evenly: then every group's documents are
+        self._deals_groups = len(self.groups) >= 4 * NUM_STREAMS
+        self._parts = min(NUM_STREAMS, self.documents)
+        counts = [count for _, _, count in self.groups]
+        self._offsets = {
+            g[:2]: o for g, o in zip(self.groups, np.cumsum([0, *counts]), strict=False)
+        }
         self.texts = lru_cache(maxsize=2 * NUM_STREAMS)(self._texts)
 
     def _texts(self, shard: int, group: int) -> list[str]:
@@ -223,14 +234,20 @@ class _Reader:
     def order(self, stream: int, seed: int, epoch: int) -> list[tuple[int, int, int]]:
         """The groups of one pass for one stream."""
         shuffled = np.random.default_rng([seed, epoch]).permutation(len(self.groups))
-        dealt = shuffled[stream::NUM_STREAMS] if self.deals_groups else shuffled
+        dealt = shuffled[stream::NUM_STREAMS] if self._deals_groups else shuffled
         return [self.groups[i] for i in dealt]
 
     def rows(self, stream: int, seed: int, epoch: int, group: tuple[int, int, int]) -> np.ndarray:
-        """The documents of a group that are the stream's, in the order of this pass."""
+        """The documents of a group that are the stream's, in the order of this pass.
+
+        Documents are dealt in turn across groups, so every stream has some; of fewer documents
+        than streams, several streams read the same one.
+        """
         shard, number, count = group
         shuffled = np.random.default_rng([seed, epoch, shard, number]).permutation(count)
-        return shuffled if self.deals_groups else shuffled[stream::NUM_STREAMS]
+        if self._deals_groups:
+            return shuffled
+        return shuffled[(stream - self._offsets[shard, number]) % self._parts :: self._parts]
 
     def tokens(self, addresses: Sequence[Address]) -> list[np.ndarray]:
         """bos and the tokens of each document, (n + 1,) int32."""
@@ -321,7 +338,8 @@ def _check_identity(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     differing = [f"{n} {saved.get(n)}, now {here[n]}" for n in here if saved.get(n) != here[n]]
     if differing:
         raise ValueError(
-            "the data of this run is not that of its checkpoint: " + "; ".join(differing)
+            "the data of this run is not that of its checkpoint: "
+            + "; ".join(differing)
             + "; restore it, or start over with --resume never"
         )
 

@@ -1,33 +1,71 @@
-"""Document sources behind one interface."""
+"""Where documents come from: hub shards, the embedded corpus, or a folder of your own.
+
+One interface over all of them: documents live in groups, groups in shards, and a document is found
+again by (split, shard, group, row), which is what makes a loader's state small. The fingerprint
+names the content, so a run refuses to continue on other data. Left out: downloading
+(`scripts.data_download`), harvesting (embedded_corpus.py), packing (dataloader.py).
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from jaxchat.artifacts import base_dir
 from jaxchat.embedded_corpus import ensure_embedded_corpus
+
+SPLITS = ("train", "val")
+
+FOLDER_GROUP = 256
+"""Documents of a jsonl or txt folder that make one group."""
+
+FOLDER_VAL_SHARE = 0.05
+"""Share of a folder's documents that validate, chosen by a hash of their text."""
 
 
 @dataclass(frozen=True)
-class Corpus:
+class HubDataset:
+    """A pretraining set on the Hugging Face hub: parquet shards with a `text` column."""
+
     name: str
-    fingerprint: str
-    shards: dict[str, tuple[Path, ...]]
+    repo: str
+    last_shard: int
+    """Number of the last shard of the whole set: it validates, whatever has been downloaded."""
 
+    @property
+    def directory(self) -> Path:
+        return base_dir() / "data" / self.name
+
+    def filename(self, shard: int) -> str:
+        return f"shard_{shard:05d}.parquet"
+
+
+HUB_DATASETS = {
+    "climbmix": HubDataset("climbmix", "karpathy/climbmix-400b-shuffle", 6542),
+    "fineweb-edu": HubDataset("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822),
+}
+
+
+class Corpus(ABC):
+    """Documents in groups, in two splits."""
+
+    def __init__(self, name: str, fingerprint: str) -> None:
+        self.name, self.fingerprint = name, fingerprint
+
+    @abstractmethod
     def groups(self, split: str) -> list[tuple[int, int, int]]:
-        found = []
-        for shard, path in enumerate(self.shards[split]):
-            meta = pq.ParquetFile(path).metadata
-            found += [(shard, g, meta.row_group(g).num_rows) for g in range(meta.num_row_groups)]
-        return found
+        """(shard, group, number of documents) of every group of a split, in a fixed order."""
 
+    @abstractmethod
     def read_group(self, split: str, shard: int, group: int) -> list[str]:
-        return pq.ParquetFile(self.shards[split][shard]).read_row_group(group, ["text"])["text"].to_pylist()
+        """The documents of one group."""
 
     def iter_texts(self, split: str, max_chars: int | None = None) -> Iterator[str]:
+        """Documents in order, until about `max_chars` characters have come."""
         seen = 0
         for shard, group, _ in self.groups(split):
             for text in self.read_group(split, shard, group):
@@ -37,11 +75,131 @@ class Corpus:
                     return
 
 
-def default_corpus(platform: str) -> str:
-    return "embedded" if platform == "cpu" else "climbmix"
+class ParquetCorpus(Corpus):
+    """Parquet files with a `text` column; a group is a row group."""
+
+    def __init__(self, name: str, fingerprint: str, files: Mapping[str, tuple[Path, ...]]) -> None:
+        super().__init__(name, fingerprint)
+        self._files = files
+
+    def groups(self, split: str) -> list[tuple[int, int, int]]:
+        found = []
+        for shard, path in enumerate(self._files[split]):
+            meta = pq.read_metadata(path)
+            counts = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+            found += [(shard, group, count) for group, count in enumerate(counts)]
+        return found
+
+    def read_group(self, split: str, shard: int, group: int) -> list[str]:
+        table = pq.ParquetFile(self._files[split][shard]).read_row_group(group, columns=["text"])
+        return table["text"].to_pylist()
 
 
-def open_corpus(name: str | None = None) -> Corpus:
+class FolderCorpus(Corpus):
+    """jsonl files (field `text`) and txt files (one document each), held in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        texts = [text for path in _text_files(directory) for text in _read_texts(path) if text]
+        digests = {text: hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts}
+        ordered = sorted(digests, key=lambda text: digests[text])
+        if len(ordered) < 2:
+            raise ValueError(
+                f"{directory} holds {len(ordered)} distinct document(s) in .parquet, .jsonl or "
+                ".txt files; training needs one to learn from and one to validate on"
+            )
+        held_out = max(1, round(FOLDER_VAL_SHARE * len(ordered)))
+        self._texts = {"train": ordered[held_out:], "val": ordered[:held_out]}
+        content = hashlib.sha256(b"".join(digests[text] for text in ordered))
+        super().__init__(str(directory), content.hexdigest()[:16])
+
+    def groups(self, split: str) -> list[tuple[int, int, int]]:
+        total = len(self._texts[split])
+        starts = range(0, total, FOLDER_GROUP)
+        return [(0, i, min(FOLDER_GROUP, total - start)) for i, start in enumerate(starts)]
+
+    def read_group(self, split: str, shard: int, group: int) -> list[str]:
+        return self._texts[split][group * FOLDER_GROUP :][:FOLDER_GROUP]
+
+
+def default_corpus() -> str:
+    """What to read when nobody says: a hub set that has been downloaded, else the embedded one."""
+    found = [name for name, hub in HUB_DATASETS.items() if any(hub.directory.glob("*.parquet"))]
+    return found[0] if found else "embedded"
+
+
+def open_corpus(name: str) -> Corpus:
+    """A corpus by name (climbmix, fineweb-edu, embedded) or by the path of a folder.
+
+    Errors name what is missing and the command that fetches it.
+    """
+    if name == "embedded":
+        return _open_embedded()
+    if name in HUB_DATASETS:
+        return _open_hub(HUB_DATASETS[name])
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        known = ", ".join([*HUB_DATASETS, "embedded"])
+        raise ValueError(f"corpus {name!r} is neither one of {known} nor a folder")
+    files = tuple(sorted(directory.glob("*.parquet")))
+    return _open_parquet_folder(directory, files) if files else FolderCorpus(directory)
+
+
+def _open_embedded() -> Corpus:
     directory = ensure_embedded_corpus()
     manifest = json.loads((directory / "manifest.json").read_text())
-    return Corpus("embedded", manifest["sha256"][:16], {s: (directory / f"{s}.parquet",) for s in ("train", "val")})
+    files = {split: (directory / f"{split}.parquet",) for split in SPLITS}
+    return ParquetCorpus("embedded", manifest["sha256"][:16], files)
+
+
+def _open_hub(dataset: HubDataset) -> Corpus:
+    train = tuple(
+        path
+        for path in sorted(dataset.directory.glob("shard_*.parquet"))
+        if path.name != dataset.filename(dataset.last_shard)
+    )
+    val = dataset.directory / dataset.filename(dataset.last_shard)
+    if not train or not val.exists():
+        raise ValueError(
+            f"{dataset.directory} holds {len(train)} training shard(s) and "
+            f"{'the' if val.exists() else 'no'} validation shard; fetch them with "
+            f"python -m scripts.data_download --dataset {dataset.name} -n 8"
+        )
+    names = " ".join(path.name for path in train)
+    fingerprint = hashlib.sha256(f"{dataset.repo} {names}".encode()).hexdigest()[:16]
+    return ParquetCorpus(dataset.name, fingerprint, {"train": train, "val": (val,)})
+
+
+def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
+    """The last file validates, as in the hub's sets."""
+    if len(files) < 2:
+        raise ValueError(
+            f"{directory} holds one parquet file; split it in two: the last one in order of name "
+            "is validated on, the others are trained on"
+        )
+    facts = " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
+    fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return ParquetCorpus(str(directory), fingerprint, {"train": files[:-1], "val": files[-1:]})
+
+
+def _text_files(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.suffix in (".jsonl", ".txt"))
+
+
+def _read_texts(path: Path) -> Iterator[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".txt":
+        yield content
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}:{number}: not a JSON object with a "text"') from error
+        if not isinstance(text, str):
+            raise ValueError(f'{path}:{number}: "text" is {type(text).__name__}, not a string')
+        yield text

@@ -160,6 +160,7 @@ def _read(
     model = _model(graphdef, params)
     row = kv_cache.read_row(cache, place.row, 0, bucket)._replace(lengths=place.start[None])
     hidden, row = model.hidden(ids[None], row, place.count[None])
+    assert row is not None
     last = jax.lax.dynamic_index_in_dim(hidden[0], place.count - 1)
     first = _window_start(place, bucket, len(ids))
     return kv_cache.read_row(row, jnp.int32(0), first, len(ids)), model.logits(last)[0]
@@ -191,6 +192,7 @@ def _decode(
     def step(loop: _Loop) -> _Loop:
         running = active(loop)
         hidden, cache = model.hidden(loop.newest[:, None], loop.cache, running.astype(jnp.int32))
+        assert cache is not None
         uniforms = inputs.uniforms[:, loop.step]
         tokens, logprobs = device_sampling.sample(
             model.logits(hidden[:, 0]), inputs.params, uniforms

@@ -60,7 +60,7 @@ def sample(
 def _argmax(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
     """The lowest id with the highest logit, as two plain reductions: XLA on CPU runs them 5x faster
     than `jnp.argmax`."""
-    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     best = logits >= logits.max(axis=-1, keepdims=True)
     return jnp.where(best, ids, logits.shape[-1] - 1).min(axis=-1)
 

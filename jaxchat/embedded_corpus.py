@@ -42,6 +42,8 @@ DISTRIBUTIONS = (
 )
 """Dependencies of the project, so that everyone has them."""
 
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 MIN_CHARS = 200
 VALIDATION_SHARE = 0.05
 ROW_GROUP = 512
@@ -123,7 +125,7 @@ def _read(source: tuple[str, str, Path]) -> list[dict[str, str]]:
     return list(_documents(tree, distribution, module, module))
 
 
-def _documents(node: ast.AST, dist: str, module: str, name: str) -> Iterator[dict[str, str]]:
+def _documents(node: _Documented, dist: str, module: str, name: str) -> Iterator[dict[str, str]]:
     doc = ast.get_docstring(node, clean=True)
     if doc and len(doc) >= MIN_CHARS:
         doc = inspect.cleandoc(doc)
@@ -167,12 +169,17 @@ def write_corpus(directory: Path, documents: list[dict[str, str]], versions: dic
     for name, rows in split.items():
         for row in rows:
             digest.update(row["text"].encode("utf-8", "replace"))
-        table = pa.table({c: [r[c].encode("utf-8", "replace").decode() for r in rows] for c in columns})
+        table = pa.table(
+            {c: [r[c].encode("utf-8", "replace").decode() for r in rows] for c in columns}
+        )
         pq.write_table(table, directory / f"{name}.parquet", row_group_size=ROW_GROUP)
     record = {
         "versions": versions,
         "documents": {name: len(rows) for name, rows in split.items()},
-        "bytes": {n: sum(len(r["text"].encode("utf-8", "replace")) for r in rows) for n, rows in split.items()},
+        "bytes": {
+            n: sum(len(r["text"].encode("utf-8", "replace")) for r in rows)
+            for n, rows in split.items()
+        },
         "sha256": digest.hexdigest(),
     }
     (directory / "manifest.json").write_text(json.dumps(record, indent=1))

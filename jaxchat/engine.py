@@ -11,7 +11,7 @@ Left out: threads, queues with limits and time-outs (the server), text of prompt
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def generate(self, request: Request) -> Iterator[Event]:
+    def generate(self, request: Request) -> Generator[Event, None, None]:
         """The events of one request as they come; closing the iterator cancels it.
 
         Drives the engine itself, so nothing else may be under way.

@@ -11,6 +11,7 @@ Letters: B batch, T time, D width, H query heads, K key/value heads, C head widt
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,7 @@ class CausalSelfAttention(nnx.Module):
         k = self.c_k(x).reshape(rows, length, self.n_kv_head, self.head_dim)
         v = self.c_v(x).reshape(rows, length, self.n_kv_head, self.head_dim)
         if self.ve_gate is not None:
+            assert value_embed is not None, "a layer with a gate needs its value embedding"
             gate = 3 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape).astype(v.dtype)
         q = norm(apply_rotary(q, *cos_sin)) * self.qk_gain
@@ -225,8 +227,8 @@ class GPT(nnx.Module):
         starts = jnp.zeros(len(ids), jnp.int32) if cache is None else cache.lengths
         positions = starts[:, None] + jnp.arange(ids.shape[1])[None]
         cos_sin = rotary_angles(positions, config.head_dim, config.rope_base)
-        x = x0 = self._smear(self._embed(ids), cache)
-        x_mid, stored = None, []
+        x = x0 = x_mid = self._smear(self._embed(ids), cache)
+        stored: list[Any] = []
         for i, block in enumerate(self.h):
             if config.residual_scalars:
                 x = _scalar(self.resid_lambdas, i, x) * x + _scalar(self.x0_lambdas, i, x) * x0

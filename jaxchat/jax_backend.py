@@ -6,17 +6,17 @@ it computes nothing itself. Left out: schedules, data and checkpoint names, whic
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxchat import decoding, kv_cache, optim, runtime, sharding
-from jaxchat.backend import DecodeBatch, DecodeResult, DeviceInfo, Scores
+from jaxchat import decoding, devices, kv_cache, optim, sharding
+from jaxchat.backend import DecodeBatch, DecodeResult, Scores
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.gpt import GPT
@@ -34,13 +34,14 @@ class JaxBackend:
 
     def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
         self.config = config
-        self.dtype = runtime.compute_dtype(dtype)
+        devices.enable_compilation_cache()
+        self.dtype = devices.compute_dtype(dtype)
         self.mesh = sharding.make_mesh()
-        self.devices = _describe(self.mesh.size)
+        self.devices = devices.describe(self.mesh.size)
         self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
         self._graphdef, self._shapes = _structure(config, self.dtype)
         self._params: Params | None = None
-        self._opt_state: object = None
+        self._opt_state: Any = None
         self._train_step: TrainStep | None = None
         self._score = jax.jit(_score, static_argnums=0)
         self._decoder = decoding.Decoder(self._graphdef, config)
@@ -102,7 +103,7 @@ class JaxBackend:
             self.config,
             optimizer,
             plan,
-            iteration_dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16,
+            iteration_dtype=devices.iteration_dtype(),
             stack_multiple=self.mesh.size,
             constrain=lambda x: jax.lax.with_sharding_constraint(
                 x, sharding.place(self.mesh, sharding.ROWS)
@@ -111,7 +112,8 @@ class JaxBackend:
         abstract = jax.eval_shape(transform.init, self.params)
         placements = jax.tree.map(lambda x: sharding.leading_axis(self.mesh, x), abstract)
         self._opt_state = jax.jit(transform.init, out_shardings=placements)(self.params)
-        whole = TrainState({name: self._replicated for name in self.params}, placements)
+        replicated: Any = dict.fromkeys(self.params, self._replicated)
+        whole = TrainState(replicated, placements)
         self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
 
     def train_step(
@@ -156,19 +158,7 @@ class JaxBackend:
         return self._decoder.decode(self.params, cache, batch)
 
 
-def _describe(count: int) -> DeviceInfo:
-    peak = runtime.peak_flops(jax.devices()[0].device_kind)
-    return DeviceInfo(
-        platform=jax.default_backend(),
-        count=count,
-        description=runtime.device_summary(),
-        peak_flops=None if peak is None else peak * count,
-    )
-
-
-def _structure(
-    config: GPTConfig, dtype: DTypeLike
-) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
     """The model's graph and the shapes of its weights, without allocating them."""
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
 

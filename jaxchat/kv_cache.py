@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
         return self.ids.shape[2]
 
 
-def make_cache(config: GPTConfig, rows: int, max_length: int, dtype: jnp.dtype) -> KVCache:
+def make_cache(config: GPTConfig, rows: int, max_length: int, dtype: DTypeLike) -> KVCache:
     """An empty cache. Memory: 2 x n_layer x rows x n_kv_head x max_length x head_dim x itemsize."""
     shape = (rows, config.n_kv_head, max_length, config.head_dim)
     return KVCache(

@@ -7,6 +7,7 @@ argmax, no gradient. Chunks cut time and keep every row, so a batch sharded by r
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def _nll(logits: Float[Array, "B t P"], targets: Int[Array, "B t"]) -> Float[Arr
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _chunks(*arrays: Array) -> tuple[Array, ...]:
+def _chunks(*arrays: Array) -> Any:
     """Cut (B, T, ...) into (N, B, T/N, ...) with about `CHUNK_TOKENS` tokens in each."""
     rows, length = arrays[0].shape[:2]
     count = min(length, max(1, -(-rows * length // CHUNK_TOKENS)))

@@ -12,8 +12,11 @@ from jaxchat.backend import Backend
 class TokenRows(Protocol):
     """A batch of rows and the same rows one token later, (B, T) int32 each."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    @property
+    def inputs(self) -> np.ndarray: ...
+
+    @property
+    def targets(self) -> np.ndarray: ...
 
 
 def bits_per_byte(backend: Backend, batches: Iterable[TokenRows], token_bytes: np.ndarray) -> float:

@@ -7,8 +7,8 @@ same file in PyTorch. Moments are float32.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.schedule import StepSchedule
 
 Stack = Float[Array, "N out in"]
-Weights = Mapping[str, Array | optax.MaskedNode]
-"""A flat dict; entries of other groups are masked."""
+Weights = Mapping[str, Any]
+"""Arrays by name; entries of other groups are `optax.MaskedNode`."""
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -63,7 +63,7 @@ def make_optimizer(
     through `constrain`, which pins their placement.
     """
     width_scale = (config.n_embd / WIDTH_REFERENCE) ** -0.5
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         label: adamw(
             group,
             lr_scale=(width_scale if group.width_scaled else 1.0)
@@ -95,13 +95,13 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101): decay by lr x weight decay, then the bias-corrected step."""
 
-    def init_fn(params: optax.Params) -> AdamState:
+    def init_fn(params: Weights) -> AdamState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         return AdamState(zeros, jax.tree.map(jnp.copy, zeros), jnp.zeros((), jnp.int32))
 
     def update_fn(
-        grads: optax.Updates, state: AdamState, params: optax.Params, *, schedule: StepSchedule
-    ) -> tuple[optax.Updates, AdamState]:
+        grads: Weights, state: AdamState, params: Weights, *, schedule: StepSchedule
+    ) -> tuple[Weights, AdamState]:
         count = state.count + 1
         t = count.astype(jnp.float32)
         mu = jax.tree.map(lambda m, g: m + (1 - group.beta1) * (g - m), state.mu, grads)
@@ -116,7 +116,8 @@ def adamw(
 
         return jax.tree.map(step, params, mu, nu), AdamState(mu, nu, count)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # optax types an update as taking any keyword; ours takes one by name
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore[bad-argument-type]
 
 
 class MuonState(NamedTuple):
@@ -140,7 +141,7 @@ def muon(
     The learning rate of an (out, in) matrix is lr x sqrt(max(1, out / in)).
     """
 
-    def init_fn(params: optax.Params) -> MuonState:
+    def init_fn(params: Weights) -> MuonState:
         stacks = _stack_by_shape(params, stack_multiple)
         return MuonState(
             momentum={key: constrain(jnp.zeros_like(x)) for key, x in stacks.items()},
@@ -150,8 +151,8 @@ def muon(
         )
 
     def update_fn(
-        grads: optax.Updates, state: MuonState, params: optax.Params, *, schedule: StepSchedule
-    ) -> tuple[optax.Updates, MuonState]:
+        grads: Weights, state: MuonState, params: Weights, *, schedule: StepSchedule
+    ) -> tuple[Weights, MuonState]:
         steps, momentum, second = {}, {}, {}
         weights = _stack_by_shape(params, stack_multiple)
         for key, stack in _stack_by_shape(grads, stack_multiple).items():
@@ -164,7 +165,8 @@ def muon(
             steps[key] = -(lr * shape_factor * schedule.lr_multiplier) * (u + decay)
         return _unstack(steps, grads), MuonState(momentum, second)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # optax types an update as taking any keyword; ours takes one by name
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore[bad-argument-type]
 
 
 def nesterov(buffer: Stack, grad: Stack, momentum: ArrayLike) -> tuple[Stack, Stack]:
@@ -200,7 +202,8 @@ def normalize_variance(second: Array, x: Stack, beta2: float) -> tuple[Array, St
     return second, scaled * (_frobenius(x) / jnp.maximum(_frobenius(scaled), TINY))
 
 
-def _mean_square(x: Stack) -> Float[Array, "N #out #in"]:
+def _mean_square(x: Stack) -> Array:
+    """(N, out, 1) of tall and square matrices, (N, 1, in) of wide ones."""
     axis = -1 if x.shape[-2] >= x.shape[-1] else -2
     return jnp.mean(x * x, axis=axis, keepdims=True)
 
@@ -233,7 +236,7 @@ def _stack_by_shape(params: Weights, multiple: int) -> dict[str, Stack]:
     return stacks
 
 
-def _unstack(stacks: Mapping[str, Stack], like: Weights) -> dict[str, Array | optax.MaskedNode]:
+def _unstack(stacks: Mapping[str, Stack], like: Weights) -> dict[str, Any]:
     """The inverse of `_stack_by_shape`, masked entries of `like` included."""
     matrices = dict(like)
     for key, names in _names_by_shape(like).items():

@@ -5,6 +5,7 @@ split once, outside jit; `bind` merges it inside, where it costs nothing.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -21,7 +22,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 
 def bind(graphdef: nnx.GraphDef, params: Mapping[str, jax.Array]) -> nnx.Module:
     """The model of `split` with these weights."""
-    flat = {_path(name): nnx.Param(value) for name, value in params.items()}
+    flat: dict[Any, nnx.Param] = {_path(name): nnx.Param(value) for name, value in params.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -14,7 +14,7 @@ from jaxchat.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopFilter:
-    """Passes text through, up to the first of some stop strings, which it swallows."""
+    """Passes text through, up to the first stop string that is complete, which it swallows."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -26,10 +26,10 @@ class StopFilter:
         if self.matched:
             return ""
         text = self._held + text
-        found = [position for stop in self.stops if (position := text.find(stop)) >= 0]
-        if found:
+        found = [(start + len(s), start) for s in self.stops if (start := text.find(s)) >= 0]
+        if found:  # the first to be complete, however the text was cut; then the longest
             self.matched, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         shown = len(text) - self._undecided(text)
         self._held = text[shown:]
         return text[:shown]

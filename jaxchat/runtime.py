@@ -1,16 +1,11 @@
-"""The machine: devices, processes, compute dtype, peak speed, and who may print.
+"""The machine without a framework: peak speeds, names, asked-for precision, who may print.
 
-Environment variables that choose hardware behaviour are read here and nowhere else. Importing this
-module does not import jax; functions that ask the devices do.
+What only a framework can tell is in devices.py and in torch_ref/runtime.py.
 """
 
 import os
 import platform
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import jax.numpy as jnp
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -51,34 +46,6 @@ def requested_dtype(explicit: str | None) -> str | None:
     return name
 
 
-def compute_dtype(explicit: str | None = None) -> "jnp.dtype":
-    """bfloat16 on TPU and on NVIDIA Ampere or later, float32 on CPU, unless asked otherwise."""
-    import jax
-    import jax.numpy as jnp
-
-    name = requested_dtype(explicit)
-    if name is None:
-        name = "float32" if jax.default_backend() == "cpu" or _before_ampere() else "bfloat16"
-    return jnp.dtype(name)
-
-
-def _before_ampere() -> bool:
-    import jax
-
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return capability is not None and float(capability) < 8.0
-
-
-def device_summary() -> str:
-    """`2 x NVIDIA H100 80GB HBM3`, or the CPU's model and its cores."""
-    import jax
-
-    devices = jax.devices()
-    if jax.default_backend() == "cpu":
-        return f"{len(devices)} x CPU device ({cpu_model()}, {os.cpu_count()} cores)"
-    return f"{len(devices)} x {devices[0].device_kind}"
-
-
 def cpu_model() -> str:
     """The processor's marketing name where the system tells it."""
     try:
@@ -98,11 +65,3 @@ def print0(*words: object) -> None:
     """Print on the first process only, at once."""
     if process_index() == 0:
         print(*words, flush=True)
-
-
-def enable_compilation_cache(directory: str) -> None:
-    """Keep compiled programs between runs: a warm start compiles in 0.5 s, not 7 (d4, CPU)."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

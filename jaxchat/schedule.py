@@ -5,19 +5,19 @@ recompilation, and no second implementation to drift.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxchat.config import ScheduleConfig, TrainingPlan
 
 
 class StepSchedule(NamedTuple):
-    """The moving hyper-parameters of one optimizer step."""
+    """The moving hyper-parameters of one optimizer step; a backend may hold them as arrays."""
 
-    lr_multiplier: float
+    lr_multiplier: Any
     """Factor on every learning rate."""
-    momentum: float
+    momentum: Any
     """Muon's momentum."""
-    weight_decay: float
+    weight_decay: Any
     """Muon's cautious weight decay."""
 
 

@@ -7,6 +7,7 @@ by rows.
 """
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +33,7 @@ def place(mesh: Mesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def leading_axis(mesh: Mesh, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+def leading_axis(mesh: Mesh, x: jax.Array | jax.ShapeDtypeStruct | np.ndarray) -> NamedSharding:
     """Divide the leading axis over the devices where it divides evenly; replicate otherwise."""
     even = x.ndim > 0 and x.shape[0] % mesh.size == 0
     return place(mesh, ROWS if even else REPLICATED)

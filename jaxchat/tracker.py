@@ -7,7 +7,7 @@ guests: one that fails is dropped with a warning and never stops a training run.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -77,7 +77,7 @@ def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapp
     `wandb_run` None or "dummy" means none, as upstream's `WANDB_RUN` does.
     """
     guests: list[Sink] = []
-    wanted = []
+    wanted: list[Callable[[], Sink]] = []
     if wandb_run and wandb_run != "dummy":
         wanted.append(lambda: _Wandb(wandb_run, config))
     if tensorboard is not None:
@@ -92,7 +92,8 @@ def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapp
 
 class _Wandb:
     def __init__(self, run: str, config: Mapping) -> None:
-        import wandb  # optional: `uv sync --extra track`
+        # optional: `uv sync --extra track`
+        import wandb  # pyrefly: ignore[missing-import]
 
         # without a terminal to ask for a login, wandb would wait for ever or raise
         mode = None if os.environ.get("WANDB_API_KEY") else "offline"
@@ -108,7 +109,8 @@ class _Wandb:
 
 class _TensorBoard:
     def __init__(self, directory: Path) -> None:
-        from tensorboardX import SummaryWriter  # optional: `uv sync --extra track`
+        # optional: `uv sync --extra track`
+        from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]
 
         self._writer = SummaryWriter(str(directory))
 

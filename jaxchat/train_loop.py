@@ -28,7 +28,8 @@ EXIT_INTERRUPTED = 143
 class Loader(Protocol):
     """Batches of `rows` packed rows, and the state that continues after the ones handed out."""
 
-    epoch: int
+    @property
+    def epoch(self) -> int: ...
 
     def __next__(self) -> Any: ...
 

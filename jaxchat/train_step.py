@@ -61,7 +61,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, schedule=schedule
         )
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(jnp.add, state.params, updates)
         metrics = StepMetrics(loss, optax.tree.norm(grads))
         return TrainState(params, opt_state), metrics
 

@@ -14,13 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jaxchat.artifacts import base_dir
-from jaxchat.dataloader import PackedLoader
-from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.engine import Engine
-from jaxchat.loss_eval import bits_per_byte
-
 from jaxchat import cli, runtime
+from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
 from jaxchat.checkpoint import CheckpointStore, stage_directory
 from jaxchat.config import (
@@ -36,6 +31,10 @@ from jaxchat.config import (
     micro_batches,
     plan_training,
 )
+from jaxchat.dataloader import PackedLoader
+from jaxchat.dataset import Corpus, default_corpus, open_corpus
+from jaxchat.engine import Engine
+from jaxchat.loss_eval import bits_per_byte
 from jaxchat.report import Report
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
@@ -111,7 +110,7 @@ class Config:
     """Checkpoints to keep, the newest first."""
 
     corpus: str | None = None
-    """climbmix, fineweb-edu, embedded, or a folder of text; embedded on a CPU when not set."""
+    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
     model_tag: str | None = None
     """Name of the run; d<depth> when not set."""
     resume: str = "auto"
@@ -134,12 +133,10 @@ def main(config: Config) -> None:
     """Train to the horizon, evaluate, and add a section to the report."""
     if config.resume not in ("auto", "never"):
         raise ValueError(f"--resume {config.resume}: choose auto or never")
-    if config.backend == "jax":
-        runtime.enable_compilation_cache(str(base_dir() / "compilation_cache"))
     started = time.monotonic()
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     backend = backend_class(config.backend)(shape_of(config, tokenizer.vocab_size))
-    corpus = open_corpus(config.corpus or default_corpus(backend.devices.platform))
+    corpus = open_corpus(config.corpus or default_corpus())
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)
     loop = loop_of(config, backend, plan)

@@ -188,7 +188,7 @@ def load_published(ranks_dir: Path | None) -> dict[str, tiktoken.Encoding]:
 
 def corpus_texts(corpus: str | None, *, max_chars: int) -> dict[str, list[str]]:
     """Documents of each split, about `max_chars` characters in all."""
-    source = dataset.open_corpus(corpus)
+    source = dataset.open_corpus(corpus or dataset.default_corpus())
     return {
         f"{source.name} ({split})": list(source.iter_texts(split, max_chars=max_chars))
         for split in ("train", "val")

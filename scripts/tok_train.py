@@ -33,7 +33,7 @@ class Config:
     doc_cap: int = 10_000
     """Characters to read at most from one document, so that no long one dominates."""
     corpus: str | None = None
-    """Corpus to read; the machine's default when not set."""
+    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB_SIZE:
@@ -68,7 +68,7 @@ class Reading:
 def main(config: Config) -> None:
     """Train, save, and add the section `tok_train` to the report."""
     start, console = time.monotonic(), Console(highlight=False, markup=False)
-    corpus = dataset.open_corpus(config.corpus)
+    corpus = dataset.open_corpus(config.corpus or dataset.default_corpus())
     reading = Reading(
         corpus.iter_texts("train"), max_chars=config.max_chars, doc_cap=config.doc_cap
     )

@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent promotion, shapes checked at run time."""
 
 import os
+import tempfile
 
 # Eight devices on one machine, so that sharding is exercised everywhere, and a compiler that does
 # not optimise: most of a test's time is compilation. Both are read when jax starts.
@@ -14,9 +15,12 @@ import jaxtyping
 TYPE_CHECKED = ["attention", "gpt", "kv_cache", "loss", "optim", "train_step", "decoding"]
 jaxtyping.install_import_hook([f"jaxchat.{name}" for name in TYPE_CHECKED], "beartype.beartype")
 
-import jax
-import pytest
+import jax  # noqa: E402 - after the flags above
+import pytest  # noqa: E402
 
+# tests compile the same small programs again and again
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="jaxchat-tests-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,5 +1,7 @@
 """Golden tables of the schedules, worked out by hand from DESIGN's sentences."""
 
+import itertools
+
 import pytest
 
 from jaxchat.config import ScheduleConfig, TrainingPlan
@@ -31,7 +33,7 @@ def test_learning_rate(step, expected):
 def test_learning_rate_never_rises_after_warm_up():
     """Upstream once ramped the wrong way (its issue 68)."""
     rates = [lr_multiplier(step, CONFIG, 2000) for step in range(40, 2001)]
-    assert all(later <= earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
 @pytest.mark.parametrize(

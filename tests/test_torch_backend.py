@@ -153,7 +153,7 @@ def test_chunked_cross_entropy_equals_autograd(monkeypatch):
     plain = F.cross_entropy(logits.reshape(-1, 100), targets.flatten(), ignore_index=-1) * 2
     expected = torch.autograd.grad(plain * kept.sum() / 2, (hidden, head))
     ours = loss.cross_entropy(hidden, head, targets, kept, 100, 15.0)
-    assert float(ours) == pytest.approx(float(plain * kept.sum() / 2), rel=1e-6)
+    torch.testing.assert_close(ours, plain * kept.sum() / 2, rtol=1e-6, atol=0)
     for grad, wanted in zip(torch.autograd.grad(ours, (hidden, head)), expected, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
 
@@ -265,7 +265,7 @@ def test_log_probabilities_are_of_the_unfiltered_distribution(config):
     result = backend.decode(cache, decode_batch(newest, [10], [4], params=params, width=4))
     ids = [*range(10), newest[0], *result.tokens[0].tolist()]
     log_probs = backend.model(torch.tensor([ids])).log_softmax(-1)[0]
-    expected = [float(log_probs[10 + i, ids[11 + i]]) for i in range(4)]
+    expected = [log_probs[10 + i, ids[11 + i]].item() for i in range(4)]
     np.testing.assert_allclose(result.logprobs[0], expected, atol=1e-5)
 
 

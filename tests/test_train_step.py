@@ -46,9 +46,7 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(preset):
         # a scalar's gradient is one sum over every activation, whose terms cancel
         relative = 1e-4 if params[name].size == 1 else 1e-5
         scale = float(jnp.abs(expected[name]).max())
-        np.testing.assert_allclose(
-            grads[name], expected[name], atol=relative * scale, err_msg=name
-        )
+        np.testing.assert_allclose(grads[name], expected[name], atol=relative * scale, err_msg=name)
 
 
 def losses_on(devices, micro_batches, steps=6):

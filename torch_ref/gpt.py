@@ -241,14 +241,14 @@ class GPT(nn.Module):
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         return self.logits(self.hidden(ids)[0])
 
-    @torch.no_grad()
     def generate(self, ids: list[int], params: SamplingParams, row: int = 0) -> Iterator[int]:
         """The slow oracle: re-reads the whole text for every token, without a cache."""
         ids = list(ids)
         for _ in range(params.max_tokens):
-            logits = self(torch.tensor([ids], device=self.wte.weight.device))[0, -1].cpu().numpy()
+            with torch.no_grad():
+                logits = self(torch.tensor([ids], device=self.wte.weight.device))[0, -1]
             uniform = sampling.uniform(params.seed, row, len(ids))
-            ids.append(sampling.sample(logits, params, uniform))
+            ids.append(sampling.sample(logits.cpu().numpy(), params, uniform))
             yield ids[-1]
 
     def _embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

@@ -9,7 +9,6 @@ share. Moments are float32.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -49,22 +48,10 @@ def param_label(name: str) -> str:
     return name.split(".")[0]
 
 
-class Rule(Protocol):
-    """What updates one group of weights."""
-
-    def step(self, grads: Tensors, schedule: StepSchedule) -> None: ...
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def state(self) -> OptimizerState: ...
-
-    def load(self, state: Tensors) -> None: ...
-
-
 class Optimizer:
     """All rules together; its state is whole and on the CPU, however many processes share it."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
+    def __init__(self, rules: Sequence["Muon | AdamW"]) -> None:
         self.rules = rules
 
     @torch.no_grad()
@@ -281,7 +268,7 @@ def normalize_variance(second: Tensor, x: Stack, beta2: float) -> Stack:
     return scaled * (_frobenius(x) / _frobenius(scaled).clamp(min=TINY))
 
 
-def _mean_square(x: Stack) -> Stack:
+def _mean_square(x: Stack) -> Tensor:
     return (x * x).mean(dim=-1 if _aspect(x) >= 1 else -2, keepdim=True)
 
 

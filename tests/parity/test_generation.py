@@ -25,10 +25,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["modern", "classic GQA"], scope="module")
-def backends(request):
+@pytest.fixture(scope="module")
+def backends():
     """Both backends with the same weights, JAX on one device."""
-    config = CONFIGS[request.param]
+    config = CONFIGS["modern"]
     params = perturbed_weights(config)
     with pytest.MonkeyPatch.context() as patch:
         one_device = sharding.make_mesh(jax.devices()[:1])
@@ -93,12 +93,12 @@ def test_same_tokens(backends, kind, parity):
 
 
 def test_cached_decoding_equals_the_slow_oracle(backends):
-    """`generate` re-reads everything for every token; 40 tokens of the longest prompt."""
-    params = SamplingParams(max_tokens=40, temperature=0.8, top_k=50, seed=7)
+    """`generate` re-reads everything for every token; 20 tokens of the longest prompt."""
+    params = SamplingParams(max_tokens=20, temperature=0.8, top_k=50, seed=7)
     _, theirs = backends
     oracle = list(theirs.model.generate(prompts()[1].tolist(), params, row=1))
     tokens, _ = continue_prompts(theirs, params)
-    assert tokens[1][PROMPT_LENGTHS[1] :][:40] == oracle
+    assert tokens[1][PROMPT_LENGTHS[1] :][:20] == oracle
 
 
 def test_rewound_and_copied_rows_continue_alike(backends, parity):

@@ -112,8 +112,11 @@ def max_abs(a, b) -> float:
     return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
 
 
+def distance(a, b) -> float:
+    """Euclidean norm of the difference."""
+    return float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+
+
 def relative(a, b) -> float:
-    """Norm of the difference over the norm of the second."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    size = np.linalg.norm(b)
-    return float(np.linalg.norm(a - b) / size) if size else float(np.linalg.norm(a))
+    """Norm of the difference over the norm of the second, which is not zero."""
+    return distance(a, b) / float(np.linalg.norm(np.asarray(b, np.float64)))

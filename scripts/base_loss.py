@@ -1,0 +1,111 @@
+"""Bits per byte of a model on both splits, and what it writes.
+
+python -m scripts.base_loss
+python -m scripts.base_loss --source sft --split-tokens 1000000
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+from rich.console import Console
+from rich.progress import track
+
+from jaxchat import cli
+from jaxchat.artifacts import base_dir
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import LoadedModel, load_model
+from jaxchat.config import SamplingParams
+from jaxchat.dataloader import PackedLoader
+from jaxchat.dataset import Corpus, default_corpus, open_corpus
+from jaxchat.engine import Engine
+from jaxchat.loss_eval import bits_per_byte
+from jaxchat.report import Report, Samples, Table
+from jaxchat.request import Request
+
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "Returns the",
+    "Compute the",
+    "Parameters\n----------\n",
+    "Return a new array",
+)
+"""What the model continues."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which model, on how much text."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    """Stage of the model: base, mid, sft or rl."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Which model of the stage; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint; the newest when not set."""
+    corpus: str | None = None
+    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
+    split_tokens: int = 20 * 2**19
+    """Tokens of each split to score."""
+    device_batch_size: int = 16
+    """Rows per device and batch."""
+    max_tokens: int = 64
+    """Length of each sample."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+
+
+def main(config: Config) -> None:
+    """Score both splits, sample, print, and add a section to the report."""
+    started = time.monotonic()
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    corpus = open_corpus(config.corpus or default_corpus())
+    scores = {split: score(config, model, corpus, split) for split in ("train", "val")}
+    greedy = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.0))
+    drawn = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.8, top_k=50))
+    console = Console(highlight=False, markup=False)
+    for prompt, text in greedy:
+        console.print(f"{prompt!r} -> {text!r}")
+    for split, value in scores.items():
+        console.print(f"{split}: {value:.4f} bits per byte")
+    facts = f"{config.source} step {model.meta['step']} on {corpus.name}"
+    Report(base_dir()).add(
+        f"{config.source}_loss",
+        f"Bits per byte and samples ({config.source})",
+        [
+            Table(["split", "bits per byte"], list(scores.items()), facts),
+            Samples(greedy, "Greedy"),
+            Samples(drawn, "Temperature 0.8, top-k 50"),
+        ],
+        wall_seconds=time.monotonic() - started,
+        figures={f"{split} bpb": value for split, value in scores.items()},
+    )
+
+
+def score(config: Config, model: LoadedModel, corpus: Corpus, split: str) -> float:
+    """Bits per byte of the first `split_tokens` of a split, packed as in training."""
+    length = model.backend.config.sequence_len
+    rows = config.device_batch_size * model.backend.devices.count
+    batches = max(1, config.split_tokens // (rows * length))
+    with PackedLoader(
+        corpus, model.tokenizer, split=split, rows_per_batch=rows, sequence_len=length
+    ) as loader:
+        taken = (next(loader) for _ in track(range(batches), description=f"scoring {split}"))
+        return bits_per_byte(model.backend, taken, model.tokenizer.token_bytes)
+
+
+def complete(model: LoadedModel, params: SamplingParams) -> list[tuple[str, str]]:
+    """Prompt and continuation of each of `PROMPTS`."""
+    tokenizer = model.tokenizer
+    requests = [Request([tokenizer.bos_id, *tokenizer.encode(p)], params) for p in PROMPTS]
+    replies = Engine(model.backend, tokenizer).complete(requests)
+    return [(prompt, reply.text) for prompt, reply in zip(PROMPTS, replies, strict=True)]
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

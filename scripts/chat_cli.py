@@ -1,0 +1,213 @@
+"""Talk to a model in the terminal.
+
+    python -m scripts.chat_cli                           # the finetuned model, turn by turn
+    python -m scripts.chat_cli -i base -p "Returns the"  # a base model continues the text, once
+
+Replies stream as they are written. Ctrl-C stops a reply and keeps the conversation, Ctrl-D leaves;
+/help lists what else can be said. The conversation so far is not read again at every turn: the
+engine continues from what its cache holds.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from jaxchat import cli
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import load_model
+from jaxchat.config import SamplingParams
+from jaxchat.conversation import check_conversation, render_for_completion
+from jaxchat.engine import Engine
+from jaxchat.request import Completion, Request
+from jaxchat.tokenizer import Tokenizer
+
+with contextlib.suppress(ImportError):  # not on Windows; importing it gives `input` line editing
+    import readline  # noqa: F401
+
+HELP = """\
+/temperature 0.6   how freely to choose: 0 always takes the most likely token
+/topk 50           how many tokens to choose from: 0 for all
+/clear             forget the conversation
+/help              this list
+Ctrl-C stops a reply, Ctrl-D leaves."""
+
+LEAD = {"python": "\n>>> ", "python_output": "\n", "text": "\n"}
+"""What is printed where a reply changes from one kind of part to another."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which model, and how it chooses its words."""
+
+    prompt: Annotated[str | None, cli.arg(aliases=["-p"])] = None
+    """Answer this once and exit; talk turn by turn when not set."""
+    source: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "sft"
+    """Stage of the model. A base model continues text, the others converse."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Model of that stage, such as d12; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Checkpoint of that model; the newest when not set."""
+    temperature: Annotated[float, cli.arg(aliases=["-t"])] = 0.6
+    """How freely to choose: 0 always takes the most likely token."""
+    top_k: Annotated[int, cli.arg(aliases=["-k"])] = 50
+    """How many tokens to choose from: 0 for all."""
+    max_tokens: int = 256
+    """Longest reply, in tokens."""
+    seed: int = 0
+    """The same seed, model and words give the same reply."""
+    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    """Framework that runs the model."""
+
+    def __post_init__(self) -> None:
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        """ValueError, naming it, for a value out of range."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+
+
+def main(config: Config) -> None:
+    """Load the model, then answer once or converse."""
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    session = Session(
+        Engine(model.backend, model.tokenizer, slots=1),
+        config.sampling(),
+        chat=config.source != "base",
+    )
+    if config.prompt is not None:
+        session.say(config.prompt)
+        return
+    print(f"{config.source} model, step {model.meta['step']}. /help lists commands.", flush=True)
+    converse(session)
+
+
+def converse(session: "Session") -> None:
+    """Read lines and answer them until the input ends."""
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D leaves)", end="")
+            continue
+        try:
+            if line.startswith("/"):
+                print(session.command(line))
+            elif line:
+                session.say(line)
+        except ValueError as error:
+            print(f"error: {error}")
+
+
+class Session:
+    """A conversation (or, with a base model, one text after another) on one engine."""
+
+    def __init__(self, engine: Engine, params: SamplingParams, *, chat: bool) -> None:
+        self.engine, self.params, self.chat = engine, params, chat
+        self.messages: list[dict[str, Any]] = []
+
+    def say(self, text: str) -> None:
+        """Print the reply to `text` as it comes and remember both."""
+        if not self.chat:
+            print(text, end="", flush=True)
+            self._stream([self._tokenizer.bos_id, *self._tokenizer.encode(text)])
+            return
+        messages = [*self.messages, {"role": "user", "content": text}]
+        messages, ids = self._fit(messages)
+        self.messages = remember(messages, self._stream(ids))
+
+    def command(self, line: str) -> str:
+        """Carry out a line that begins with a slash; returns what to print."""
+        name, _, value = line.partition(" ")
+        match name:
+            case "/temperature":
+                self.params = replace(self.params, temperature=_number(float, name, value))
+                return f"temperature {self.params.temperature}"
+            case "/topk":
+                self.params = replace(self.params, top_k=_number(int, name, value))
+                return f"top-k {self.params.top_k}"
+            case "/clear":
+                self.messages = []
+                return "The conversation is forgotten."
+            case "/help":
+                return HELP
+        return f"There is no {name}.\n{HELP}"
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def _fit(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+        """The latest turns that leave room for a reply, and their ids."""
+        room = self.engine.max_length - min(self.params.max_tokens, self.engine.max_length // 4)
+        ids = render_for_completion(self._tokenizer, {"messages": messages})
+        while len(ids) > room and len(messages) > 2:
+            messages = messages[2:]
+            ids = render_for_completion(self._tokenizer, {"messages": messages})
+        return messages, ids
+
+    def _stream(self, ids: list[int]) -> Completion:
+        """Print a reply as it comes; Ctrl-C ends it between two dispatches."""
+        reply, part = Completion(0, 0), "text"
+        stream = self.engine.generate(Request(ids, self.params, tools=self.chat))
+        with ctrl_c() as pressed:
+            for event in stream:
+                if event.text and event.part != part:
+                    print(LEAD[event.part], end="")
+                    part = event.part
+                print(event.text, end="", flush=True)
+                reply.add(event)
+                if pressed.is_set():
+                    print(" (stopped)", end="")
+                    break
+            stream.close()
+        print(flush=True)
+        return reply
+
+
+def remember(messages: list[dict[str, Any]], reply: Completion) -> list[dict[str, Any]]:
+    """The conversation with a reply: with its tool calls, or where they are malformed its text.
+
+    A reply without any text is forgotten along with its question: it cannot be rendered.
+    """
+    for content in (reply.parts, reply.text):
+        whole = [*messages, {"role": "assistant", "content": content}]
+        with contextlib.suppress(ValueError):
+            check_conversation({"messages": whole})
+            return whole
+    return messages[:-1]
+
+
+@contextlib.contextmanager
+def ctrl_c() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, instead of an exception in the middle of a step of the engine."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _number(kind: type, name: str, value: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        example = f"{name} {kind(1)}"
+        raise ValueError(f"{name} wants a number, as in {example}; got {value!r}") from None
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

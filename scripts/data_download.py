@@ -1,0 +1,164 @@
+"""Fetch the data: hub shards, or the embedded corpus of the installed libraries.
+
+    python -m scripts.data_download -n 8                    # ClimbMix: 8 shards and validation
+    python -m scripts.data_download --dataset embedded      # no network
+    python -m scripts.data_download --all --verify -n 150   # what a cluster without internet needs
+
+Downloads run in parallel, continue after interruptions, and are checked against the hub's sizes
+and hashes. HF_ENDPOINT, HF_TOKEN and the usual proxy variables are honoured.
+"""
+
+import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from jaxchat import cli
+from jaxchat.artifacts import Remote, base_dir, download, file_sha256, hub_file
+from jaxchat.dataset import HUB_DATASETS, HubDataset, open_corpus
+from jaxchat.report import KeyValues, Report
+
+EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+"""The CORE tasks as upstream packs them."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to fetch."""
+
+    dataset: str = "climbmix"
+    """climbmix, fineweb-edu or embedded."""
+    num_shards: Annotated[int, cli.arg(aliases=["-n"])] = 8
+    """Training shards; the validation shard always comes too. -1 is all of them."""
+    workers: int = 4
+    """Downloads at the same time."""
+    verify: bool = False
+    """Read everything back and compare it with the hub's sizes and hashes."""
+    all: bool = False
+    """Fetch the evaluation bundle too."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in (*HUB_DATASETS, "embedded"):
+            known = ", ".join((*HUB_DATASETS, "embedded"))
+            raise ValueError(f"dataset {self.dataset!r}: choose one of {known}")
+        if self.workers < 1 or self.num_shards < -1 or self.num_shards == 0:
+            raise ValueError(
+                f"workers={self.workers} must be at least 1, and num_shards={self.num_shards} "
+                "at least 1, or -1 for all"
+            )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to fetch."""
+
+    name: str
+    path: Path
+    repo: str | None = None
+    """The hub's repository; None for a plain URL."""
+    url: str = ""
+
+
+def main(config: Config) -> None:
+    """Fetch, say what is there now, and add a section to the report."""
+    started, console = time.monotonic(), Console(highlight=False)
+    items = [] if config.dataset == "embedded" else shards(config)
+    if config.all:
+        items.append(Item("eval_bundle.zip", base_dir() / "eval_bundle.zip", url=EVAL_BUNDLE_URL))
+    if items:
+        fetch(items, config, console)
+    if config.all:
+        unpack(base_dir() / "eval_bundle.zip", base_dir())
+    corpus = open_corpus(config.dataset)
+    documents = {
+        split: sum(count for _, _, count in corpus.groups(split)) for split in ("train", "val")
+    }
+    console.print(f"{corpus.name}: {documents['train']:,} documents, {documents['val']:,} held out")
+    facts = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, **documents}
+    Report(base_dir()).add(
+        "data_download",
+        "Data",
+        [KeyValues(facts, "Documents by split")],
+        wall_seconds=time.monotonic() - started,
+    )
+
+
+def shards(config: Config) -> list[Item]:
+    """The first training shards of the set and its last one, which validates."""
+    dataset: HubDataset = HUB_DATASETS[config.dataset]
+    wanted = dataset.last_shard if config.num_shards == -1 else config.num_shards
+    numbers = [*range(min(wanted, dataset.last_shard)), dataset.last_shard]
+    names = [dataset.filename(number) for number in numbers]
+    return [Item(name, dataset.directory / name, repo=dataset.repo) for name in names]
+
+
+def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
+    """Download in parallel; OSError lists what failed, what arrived is kept."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    failures = []
+    with bar, ThreadPoolExecutor(config.workers) as pool:
+        whole = bar.add_task(f"0/{len(items)} files", total=0)
+        jobs = [pool.submit(fetch_one, item, config.verify, bar, whole) for item in items]
+        for done, (item, job) in enumerate(zip(items, jobs, strict=True), start=1):
+            try:
+                job.result()
+            except OSError as error:
+                failures.append(f"{item.name}: {error}")
+            bar.update(whole, description=f"{done}/{len(items)} files")
+    if failures:
+        shown = "\n  ".join(failures[:10])
+        raise OSError(f"{len(failures)} of {len(items)} downloads failed:\n  {shown}")
+
+
+def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> None:
+    """One file, its bytes added to the bar."""
+    if item.path.exists() and not verify:
+        return
+    remote = hub_file(item.repo, item.name) if item.repo else Remote(item.url)
+    if item.path.exists() and not sound(item.path, remote):
+        item.path.unlink()
+    if item.path.exists():
+        return
+    if remote.size:
+        bar.update(whole, total=(bar.tasks[whole].total or 0) + remote.size)
+    download(remote, item.path, on_bytes=lambda n: bar.advance(whole, n))
+
+
+def sound(path: Path, remote: Remote) -> bool:
+    """Whether a file has the size and hash that it should."""
+    size_fits = remote.size is None or path.stat().st_size == remote.size
+    return size_fits and (remote.sha256 is None or file_sha256(path) == remote.sha256)
+
+
+def unpack(archive: Path, directory: Path) -> None:
+    """Extract a zip file; ValueError when a member would land outside of `directory`."""
+    with zipfile.ZipFile(archive) as bundle:
+        for name in bundle.namelist():
+            if not (directory / name).resolve().is_relative_to(directory.resolve()):
+                raise ValueError(f"{archive} holds {name!r}, which points outside: not unpacked")
+        bundle.extractall(directory)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

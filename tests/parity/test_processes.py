@@ -1,0 +1,117 @@
+"""Two processes under gloo train, score and save what one process does."""
+
+import json
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, TrainingPlan
+from jaxchat.schedule import schedule_at
+from torch_ref.torch_backend import TorchBackend
+
+CONFIG = GPTConfig(sequence_len=256, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
+"""Three layers: no stack of matrices divides by two, so the padding of shares is exercised."""
+
+PLAN = TrainingPlan(
+    total_batch_size=1024, num_iterations=20, lr_scale=0.05, weight_decay=0.2, target_tokens=20480
+)
+
+STEPS = 5
+
+
+def batch(step):
+    rng = np.random.default_rng(step)
+    ids = rng.integers(0, 300, (2, 4, 65), dtype=np.int32)
+    targets = ids[..., 1:].copy()
+    targets[:, 0, :40] = -1  # the first process's rows count fewer targets
+    return ids[..., :-1], targets
+
+
+def train(folder, steps, *, resume_from=None, save_as=None):
+    """Losses and gradient norms of a run that may continue a checkpoint and leave one."""
+    backend = TorchBackend(CONFIG, dtype="float32")
+    backend.init(0)
+    rng = np.random.default_rng(0)
+    noisy = {
+        name: x + 0.1 * rng.standard_normal(x.shape, np.float32)
+        for name, x in backend.get_params().items()
+    }
+    backend.set_params(noisy)
+    backend.start_training(OptimizerConfig(), PLAN)
+    if resume_from:
+        backend.load(folder / resume_from)
+    curve = []
+    for step in steps:
+        schedule = schedule_at(step, ScheduleConfig(warmup_steps=4), PLAN)
+        metrics = backend.train_step(*batch(step), schedule)
+        curve.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    if save_as:
+        backend.save(folder / save_as)
+    return curve, backend
+
+
+def one_of_two(rank, port, folder):
+    """The body of a process: train, score, save; the first one writes down what it saw."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "JAXCHAT_DEVICE": "cpu",
+    }
+    curve, backend = train(folder, range(STEPS), save_as="two")
+    even, odd = (backend.score(*(x[0, :rows] for x in batch(9))) for rows in (4, 3))
+    resumed, _ = train(folder, range(STEPS, STEPS + 2), resume_from="two")
+    if rank == 0:
+        np.savez(folder / "scores.npz", even=even.nll, odd=odd.nll)
+        seen = {"curve": curve, "resumed": resumed, "count": backend.devices.count}
+        (folder / "seen.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes left behind, and the checkpoint of one."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, folder), nprocs=2)
+    return folder
+
+
+def test_two_processes_are_one(folder, parity):
+    curve, alone = train(folder, range(STEPS), save_as="one")
+    seen = json.loads((folder / "seen.json").read_text())
+    assert seen["count"] == 2
+    losses, norms = np.abs(np.array(seen["curve"]) - curve).T
+    parity("two processes against one: loss (absolute)", losses.max(), 1e-5)
+    parity("two processes against one: gradient norm (absolute)", norms.max(), 1e-5)
+    scores = np.load(folder / "scores.npz")
+    for name, rows in (("even", 4), ("odd", 3)):
+        expected = alone.score(*(x[0, :rows] for x in batch(9)))
+        difference = np.abs(scores[name] - expected.nll).max()
+        parity("two processes against one: nats per token (absolute)", difference, 1e-4)
+
+
+def test_their_checkpoint_is_whole(folder, parity):
+    """One process loads what two saved: same tensors, and it continues as they did."""
+    train(folder, range(STEPS), save_as="one")
+    for file in ("params.pt", "optimizer.pt"):
+        one, two = (torch.load(folder / name / file, weights_only=True) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, x in one.items():
+            assert two[name].shape == x.shape, name
+            size = max(float(x.float().norm()), 1e-12)
+            difference = float((two[name] - x).float().norm()) / size
+            parity("two processes against one: checkpoint (relative)", difference, 1e-4)
+    continued, _ = train(folder, range(STEPS, STEPS + 2), resume_from="two")
+    seen = json.loads((folder / "seen.json").read_text())
+    difference = np.abs(np.array(seen["resumed"]) - continued).max()
+    parity("two processes against one: resumed run (absolute)", difference, 1e-5)

@@ -1,0 +1,126 @@
+"""The terminal chat: what is printed, what is remembered, what Ctrl-C and mistakes do."""
+
+import os
+import signal
+
+import pytest
+
+from jaxchat.config import GPTConfig, SamplingParams
+from jaxchat.conversation import render_for_completion
+from jaxchat.engine import Engine
+from scripts import chat_cli
+from tests.scripted import ScriptedBackend
+from tests.test_engine import script, special, tokenizer
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
+
+
+def session(*replies, chat=True, sequence_len=512, on_token=lambda held: None):
+    """A session whose model gives these replies, one per turn."""
+    texts = [list(reply) for reply in replies]
+
+    def next_token(held):
+        on_token(held)
+        start = special("assistant_start")
+        turns = held.count(start) if chat else 1
+        begun = len(held) - (max(i for i, id in enumerate(held) if id == start) + 1 if chat else 3)
+        reply = texts[(turns - 1) % len(texts)]
+        return reply[begun] if begun < len(reply) else special("assistant_end")
+
+    config = GPTConfig(sequence_len=sequence_len, vocab_size=tokenizer().vocab_size)
+    engine = Engine(ScriptedBackend(config, next_token), tokenizer(), slots=1)
+    return chat_cli.Session(engine, GREEDY, chat=chat)
+
+
+def typed(monkeypatch, *lines):
+    """Type these lines; an exception is raised instead of a line; then Ctrl-D."""
+    waiting = iter([*lines, EOFError()])
+
+    def read(_prompt):
+        line = next(waiting)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_a_base_model_continues_the_text_that_it_echoes(capsys):
+    base = session(script(" lazy dog"), chat=False)
+    base.say("The")
+    assert capsys.readouterr().out.startswith("The")
+    assert base.messages == []
+
+
+def test_turns_are_remembered_and_only_the_new_words_are_read(monkeypatch, capsys):
+    typed(monkeypatch, "hello", "", "and now?")
+    chat = session(script("I am here"), script("still here"))
+    chat_cli.converse(chat)
+    assert "I am here" in capsys.readouterr().out
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    starts = [start for _, start, _ in chat.engine.backend.prefills]
+    first = render_for_completion(tokenizer(), {"messages": chat.messages[:1]})
+    assert starts == [0, len(first) + len(script("I am here"))]
+
+
+def test_a_tool_call_and_its_output_are_shown_and_remembered(capsys):
+    call = script("<python_start>", "6*7", "<python_end>")
+    output = script("<output_start>", "42", "<output_end>")
+    chat = session([*call, *output, *script("It is 42.")])
+    chat.say("6 times 7?")
+    assert ">>> 6*7\n42\nIt is 42." in capsys.readouterr().out
+    kinds = [part["type"] for part in chat.messages[-1]["content"]]
+    assert kinds == ["python", "python_output", "text"]
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(monkeypatch, capsys):
+    def press_once(held):
+        if len(held) == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    typed(monkeypatch, "talk", KeyboardInterrupt(), "/clear")
+    chat = session([65] * 90, on_token=press_once)
+    chat.say("talk")
+    assert "(stopped)" in capsys.readouterr().out
+    (part,) = chat.messages[-1]["content"]
+    assert 0 < len(part["text"]) < 90
+    assert not chat.engine.busy
+    assert signal.getsignal(signal.SIGINT) is before
+    chat_cli.converse(chat)
+    assert chat.messages == []
+    assert "Ctrl-D leaves" in capsys.readouterr().out
+
+
+def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, capsys):
+    typed(monkeypatch, "/temperature 1.5", "/topk 7", "/topk many", "/temperature -1", "/nothing")
+    chat = session(script("ok"))
+    chat_cli.converse(chat)
+    assert (chat.params.temperature, chat.params.top_k) == (1.5, 7)
+    out = capsys.readouterr().out
+    assert "error: /topk wants a number, as in /topk 1; got 'many'" in out
+    assert "temperature=-1.0" in out
+    assert "There is no /nothing." in out
+
+
+def test_old_turns_are_dropped_where_the_context_ends(capsys):
+    chat = session(script("a reply"), sequence_len=64)
+    for _ in range(6):
+        chat.say("some words")
+    assert 2 < len(chat.messages) < 12
+    assert len(render_for_completion(tokenizer(), {"messages": chat.messages[:-1]})) <= 48
+
+
+@pytest.mark.parametrize(
+    "reply", [script("<output_start>", "7", "<output_end>"), script("<python_start>"), []]
+)
+def test_a_reply_that_cannot_be_rendered_does_not_end_the_conversation(reply, capsys):
+    chat = session(reply, script("fine"))
+    chat.say("one")
+    chat.say("two")
+    assert chat.messages == [] or chat.messages[-1]["role"] == "assistant"
+
+
+def test_values_out_of_range_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match=r"temperature=-1"):
+        chat_cli.Config(temperature=-1)
