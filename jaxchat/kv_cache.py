@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxchat.config import GPTConfig
@@ -53,22 +54,12 @@ def append(
 ) -> Shaped[Array, "B K S C"]:
     """Write the first `counts` of T new entries into every row from its own `starts` on.
 
-    Nothing else changes, at the end of a full row either: where T entries would not fit, the slice
-    that is written begins earlier and keeps what it covers.
+    Nothing else changes: padding is sent to a position beyond the end, where writes are dropped.
     """
-    length = new.shape[1]
-    firsts = jnp.minimum(starts, stored.shape[2] - length)
-    entries = jnp.swapaxes(new, 1, 2).astype(stored.dtype)
-    for row in range(len(new)):  # unrolled: updates in place, where a batched scatter would copy
-        begin = (row, 0, firsts[row], 0)
-        old = jax.lax.dynamic_slice(stored, begin, (1, *entries.shape[1:]))
-        source = firsts[row] + jnp.arange(length) - starts[row]  # (T,): which entry lands here
-        fresh = entries[row : row + 1]
-        if length > 1:
-            fresh = jnp.roll(fresh, starts[row] - firsts[row], axis=2)
-        write = ((source >= 0) & (source < counts[row]))[None, None, :, None]
-        stored = jax.lax.dynamic_update_slice(stored, jnp.where(write, fresh, old), begin)
-    return stored
+    entry = jnp.arange(new.shape[1])[None]
+    slots = jnp.where(entry < counts[:, None], starts[:, None] + entry, stored.shape[2])  # (B, T)
+    rows = jnp.arange(len(new))[:, None]
+    return stored.at[rows, :, slots].set(new.astype(stored.dtype), mode="drop")
 
 
 def newest_ids(cache: KVCache) -> Int[Array, " B"]:

@@ -24,13 +24,16 @@ MEASURED: dict[str, Measured] = {}
 
 @pytest.fixture
 def parity():
-    """`parity(what, difference, bound)`: assert the bound and keep the maximum for the table."""
+    """`parity(what, difference, bound)`: assert the bound and keep the maximum for the table.
 
-    def check(what: str, difference: float, bound: float) -> None:
+    `where` names the tensor in the error.
+    """
+
+    def check(what: str, difference: float, bound: float, where: str = "") -> None:
         difference = float(difference)
         before = MEASURED.get(what, Measured(0.0, bound)).value
         MEASURED[what] = Measured(max(before, difference), bound)
-        assert difference <= bound, f"{what}: {difference:.2e} is above {bound:.0e}"
+        assert difference <= bound, f"{what}: {difference:.2e} is above {bound:.0e} {where}"
 
     return check
 

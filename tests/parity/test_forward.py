@@ -59,7 +59,8 @@ def test_loss_and_every_gradient(twins, parity):
     assert torch_grads.keys() == grads.keys()
     for name, expected in grads.items():
         assert np.abs(expected).max() > 0, name
-        parity(f"gradient leaves, {preset} (relative)", relative(torch_grads[name], expected), 1e-5)
+        difference = relative(torch_grads[name], expected)
+        parity(f"gradient leaves, {preset} (relative)", difference, 1e-5, name)
 
 
 def test_scores(twins, parity):

@@ -47,7 +47,7 @@ def compare_weights(parity, what, mine, expected):
     for name, value in expected.items():
         assert mine[name].shape == value.shape, name
         size = max(np.linalg.norm(value), 0.1 * np.sqrt(value.size))
-        parity(f"{what}: weights (relative)", distance(mine[name], value) / size, 1e-4)
+        parity(f"{what}: weights (relative)", distance(mine[name], value) / size, 1e-4, name)
 
 
 def compare_moments(parity, what, mine, expected):
@@ -59,7 +59,7 @@ def compare_moments(parity, what, mine, expected):
         if name.startswith("adam.mu."):
             size = max(size, np.linalg.norm(np.sqrt(expected[name.replace(".mu.", ".nu.")])))
         difference = distance(mine[name], value)
-        parity(f"{what}: moments (relative)", difference / size if size else difference, 1e-4)
+        parity(f"{what}: moments (relative)", difference / size if size else difference, 1e-4, name)
 
 
 @pytest.mark.parametrize("preset", ["modern", "classic GQA"])
