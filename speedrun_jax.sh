@@ -125,7 +125,7 @@ stage tok_train "${tok[@]}"
 stage tok_eval "${tok[@]:0:2}"
 stage base_train --depth "$DEPTH" "${base[@]}"
 stage base_loss "${loss[@]}"
-#stage base_eval ${eval[@]+"${eval[@]}"}
+stage base_eval ${eval[@]+"${eval[@]}"}
 stage report
 
 echo

@@ -1,5 +1,7 @@
 """The PyTorch backend, alone: causality, cache, sampling, training, checkpoints."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +260,20 @@ def test_a_dispatch_continues_where_the_last_one_stopped(config):
     np.testing.assert_allclose(logits, fresh, atol=1e-5)
 
 
+def test_half_precision_decoding_reads_weights_cast_once_and_never_stale():
+    backend = make_backend(MODERN, dtype="bfloat16")
+    ids = torch.arange(50)[None]
+    for _ in range(2):
+        _, logits = backend.prefill(backend.new_cache(1, 64), 0, ids[0].numpy(), 0)
+        cast = backend._decoding_model()
+        assert cast is backend._decoding_model()
+        assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+        assert torch.equal(cast(ids), backend.model(ids))
+        np.testing.assert_allclose(logits, cast(ids)[0, -1].detach(), atol=0.1)
+        backend.start_training(OptimizerConfig(), PLAN)
+        train(backend, 1)
+
+
 def test_log_probabilities_are_of_the_unfiltered_distribution(config):
     backend = make_backend(config)
     cache, newest = filled_cache(backend, [10])
@@ -436,6 +452,11 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 # --- the machine ---------------------------------------------------------------------------------
+
+
+def test_jax_is_never_loaded():
+    program = "import sys, torch_ref.torch_backend; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_the_class_implements_the_protocol():

@@ -5,6 +5,7 @@ it computes nothing itself. Under torchrun every process is called alike, with t
 works on its own rows. Left out: schedules, data and checkpoint names, which belong to callers.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class TorchBackend:
         self.devices = runtime.describe(self.device, self.ranks.world)
         self._model = GPT(config, self.dtype).to(self.device)
         self._has_weights = False
+        self._cast_model: GPT | None = None
         self._optimizer: Optimizer | None = None
         self._loss_scale = LossScale() if self.dtype == torch.float16 else None
 
@@ -58,14 +60,14 @@ class TorchBackend:
 
     def init(self, seed: int) -> None:
         self._model.init_weights(torch.Generator().manual_seed(seed))
-        self._has_weights = True
+        self._weights_changed()
 
     def get_params(self) -> dict[str, np.ndarray]:
         return weights.get_params(self.model)
 
     def set_params(self, params: Mapping[str, np.ndarray]) -> None:
         weights.set_params(self._model, params)
-        self._has_weights = True
+        self._weights_changed()
 
     def save(self, directory: Path) -> None:
         files: dict[str, Mapping[str, Tensor]] = {
@@ -89,10 +91,13 @@ class TorchBackend:
                 self._loss_scale = LossScale(float(scale))
         else:
             weights.set_params(self._model, params)
-        self._has_weights = True
+        self._weights_changed()
 
     def wait(self) -> None:
         """`save` returns when the bytes are on disk."""
+
+    def _weights_changed(self) -> None:
+        self._has_weights, self._cast_model = True, None
 
     def _scale_state(self) -> dict[str, Tensor]:
         if self._loss_scale is None:
@@ -135,6 +140,7 @@ class TorchBackend:
         norm = global_norm(grads.values())
         if self._loss_scale is None or self._loss_scale.accepts(norm):
             self._optimizer.step(grads, schedule)
+            self._weights_changed()
         return {"loss": loss, "grad_norm": norm}
 
     # --- evaluation ----------------------------------------------------------------------------
@@ -174,13 +180,21 @@ class TorchBackend:
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int
     ) -> tuple[KVCache, np.ndarray]:
-        return decoding.prefill(self.model, cache, row, ids, start)
+        return decoding.prefill(self._decoding_model(), cache, row, ids, start)
 
     def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
         return kv_cache.copy_row(cache, source, target, length)
 
     def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
-        return decoding.decode(self.model, cache, batch)
+        return decoding.decode(self._decoding_model(), cache, batch)
+
+    def _decoding_model(self) -> GPT:
+        """The model with weights in the compute dtype: cast once, not for every token."""
+        if self.dtype == torch.float32:
+            return self.model
+        if self._cast_model is None:
+            self._cast_model = copy.deepcopy(self.model).to(self.dtype)
+        return self._cast_model
 
     def _to_device(self, ids: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)

@@ -21,7 +21,6 @@ from tests.parity.twins import (
     jax_transform,
     max_abs,
     perturbed_weights,
-    random_batch,
     relative,
 )
 from torch_ref.optim import make_optimizer
@@ -62,6 +61,16 @@ def compare_moments(parity, what, mine, expected):
         parity(f"{what}: moments (relative)", difference / size if size else difference, 1e-4, name)
 
 
+def text_batches(steps, *, rows, length):
+    """Real English, byte by byte: Python's own language reference."""
+    text = "\n".join(pydoc_data.topics.topics.values()).encode()
+    ids = np.frombuffer(text, np.uint8).astype(np.int32)
+    for step in range(steps):
+        start = step * rows * (length + 1)
+        block = ids[start : start + rows * (length + 1)].reshape(rows, length + 1)
+        yield block[None, :, :-1], block[None, :, 1:]
+
+
 @pytest.mark.parametrize("preset", ["modern", "classic GQA"])
 def test_ten_optimizer_steps_on_the_same_gradients(preset, parity):
     config = CONFIGS[preset]
@@ -93,8 +102,8 @@ def test_ten_training_steps(preset, parity):
     backend = TorchBackend(config, dtype="float32")
     backend.set_params(params)
     backend.start_training(OPTIMIZER, PLAN)
-    for step in range(10):
-        batch = tuple(x.reshape(2, 1, -1) for x in random_batch(config, length=256, seed=step))
+    for step, whole in enumerate(text_batches(10, rows=4, length=256)):
+        batch = tuple(x.reshape(2, 2, -1) for x in whole)
         schedule, arrays = moving(step)
         mine = backend.train_step(*batch, schedule)
         state, metrics = step_fn(state, tuple(map(jnp.asarray, batch)), arrays)
@@ -105,16 +114,6 @@ def test_ten_training_steps(preset, parity):
     compare_weights(parity, what, backend.get_params(), state.params)
     moments = jax_optimizer_state(state.opt_state)
     compare_moments(parity, what, backend._optimizer.state(), moments)
-
-
-def text_batches(steps, *, rows, length):
-    """Real English, byte by byte: Python's own language reference."""
-    text = "\n".join(pydoc_data.topics.topics.values()).encode()
-    ids = np.frombuffer(text, np.uint8).astype(np.int32)
-    for step in range(steps):
-        start = step * rows * (length + 1)
-        block = ids[start : start + rows * (length + 1)].reshape(rows, length + 1)
-        yield block[None, :, :-1], block[None, :, 1:]
 
 
 @pytest.mark.slow

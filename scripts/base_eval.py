@@ -1,0 +1,152 @@
+"""The CORE metric of a base model: 22 in-context tasks, accuracy above guessing.
+
+    python -m scripts.base_eval                              # the bundle of the base directory
+    python -m scripts.base_eval --bundle DIR --max-per-task 500
+
+Without a bundle it runs three small tasks over the embedded documentation instead, and says that
+those are not CORE. `python -m scripts.data_download --all` fetches the bundle.
+"""
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as ScreenTable
+
+from jaxchat import cli
+from jaxchat.artifacts import atomic_write, base_dir
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import LoadedModel, load_model
+from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
+from jaxchat.core_tasks import Task, load_bundle
+from jaxchat.dataset import open_corpus
+from jaxchat.embedded_tasks import NOTE, embedded_tasks
+from jaxchat.report import Report, Table, Text
+
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+"""Models whose results a bundle may hold, as openai-community-NAME.csv."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which model, on which tasks."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    """Stage of the model: base, mid, sft or rl."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Which model of the stage; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint; the newest when not set."""
+    bundle: Path | None = None
+    """Folder of an evaluation bundle; the base directory's when not set."""
+    max_per_task: int | None = None
+    """Examples of each task; all when not set."""
+    batch_tokens: int = 16384
+    """Padded tokens scored at a time: lower it when memory runs out."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+
+    def __post_init__(self) -> None:
+        if self.max_per_task is not None and self.max_per_task < 1:
+            raise ValueError(f"max_per_task={self.max_per_task} must be at least 1")
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens={self.batch_tokens} must be at least 1")
+
+
+def main(config: Config) -> None:
+    """Evaluate, print the table, write the CSV, and add a section to the report."""
+    started = time.monotonic()
+    bundle = config.bundle or base_dir() / "eval_bundle"
+    is_core = config.bundle is not None or bundle.is_dir()
+    tasks = load_bundle(bundle) if is_core else embedded_tasks(open_corpus("embedded"))
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    results = evaluate(config, model, tasks)
+    metric = core_metric(results)
+    name = "CORE" if is_core else f"mean centred accuracy ({NOTE})"
+    published = load_published(bundle) if is_core else {}
+    table = tabulate(results, published)
+    console = Console(highlight=False, markup=False)
+    console.print(on_screen(table))
+    console.print(f"{name}: {metric:.4f}")
+    write_csv(base_dir() / "report" / f"{config.source}_eval.csv", results, metric)
+    Report(base_dir()).add(
+        f"{config.source}_eval",
+        f"{'CORE' if is_core else 'Embedded tasks, not CORE'} ({config.source})",
+        [
+            Text(f"{name}: {metric:.4f}, {config.source} step {model.meta['step']}"),
+            table,
+        ],
+        wall_seconds=time.monotonic() - started,
+        figures={"CORE" if is_core else NOTE: metric},
+    )
+
+
+def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[TaskResult]:
+    """Every task in turn, with a bar for each."""
+    results = []
+    with Progress() as progress:
+        for task in tasks:
+            bar = progress.add_task(task.label, total=1.0)
+            result = evaluate_task(
+                model.backend,
+                model.tokenizer,
+                task,
+                max_examples=config.max_per_task,
+                batch_tokens=config.batch_tokens,
+                on_batch=lambda share, bar=bar: progress.update(bar, completed=share),
+            )
+            results.append(result)
+    return results
+
+
+def tabulate(results: Sequence[TaskResult], published: dict[str, dict[str, float]]) -> Table:
+    """One row a task; published accuracies beside ours."""
+    columns = ["task", "kind", "examples", "accuracy", "+-", "centred", *published]
+    rows = [
+        [
+            *(r.label, r.kind, r.examples, r.accuracy, r.stderr, r.centered),
+            *(scores.get(r.label) for scores in published.values()),
+        ]
+        for r in results
+    ]
+    caption = "+- is the standard error of the accuracy"
+    return Table(columns, rows, caption)
+
+
+def on_screen(table: Table) -> ScreenTable:
+    shown = ScreenTable(*table.columns)
+    for row in table.rows:
+        shown.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+    return shown
+
+
+def load_published(bundle: Path) -> dict[str, dict[str, float]]:
+    """Accuracy by task of the models whose results the bundle holds."""
+    found = {}
+    for name in PUBLISHED:
+        path = bundle / f"openai-community-{name}.csv"
+        if path.is_file():
+            with open(path, newline="") as file:
+                rows = [[cell.strip() for cell in row] for row in csv.reader(file)][1:]
+            found[name] = {row[0]: float(row[1]) for row in rows if row[1]}
+    return found
+
+
+def write_csv(path: Path, results: Sequence[TaskResult], metric: float) -> None:
+    """Task, accuracy, centred accuracy, and the mean as the last row."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["Task", "Accuracy", "Centered"])
+        writer.writerows([r.label, f"{r.accuracy:.6f}", f"{r.centered:.6f}"] for r in results)
+        writer.writerow(["CORE", "", f"{metric:.6f}"])
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
