@@ -169,6 +169,7 @@ def _transfer(remote: Remote, part: Path, on_bytes: Callable[[int], None], timeo
             if etag := answer.headers.get("ETag"):
                 _validator(part).write_text(etag)
         declared = int(answer.headers.get("Content-Length", 0))
+        answer.raw.enforce_content_length = False  # it would throw the last, short chunk away
         _check_space(part, declared)
         received = 0
         with open(part, "ab" if resumed else "wb") as file:

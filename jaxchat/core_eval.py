@@ -57,9 +57,8 @@ def evaluate_task(
     scores: dict[int, tuple[float, bool]] = {}
     for indices, bucket in batches(flat, length, batch_tokens):
         rows = max(1, batch_tokens // bucket)
-        scores |= zip(
-            indices, score_batch(backend, [flat[i] for i in indices], rows, bucket), strict=True
-        )
+        scored = score_batch(backend, [flat[i] for i in indices], rows, bucket)
+        scores |= zip(indices, scored, strict=True)
         on_batch(len(scores) / len(flat))
     correct, first = 0, 0
     for index, question in enumerate(questions):

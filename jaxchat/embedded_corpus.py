@@ -160,7 +160,7 @@ def _hash(text: str) -> str:
 
 
 def write_corpus(directory: Path, documents: list[dict[str, str]], versions: dict) -> None:
-    columns = ("text", "name", "distribution")
+    columns = ("text", "name", "module", "distribution")
     split: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
     for document in documents:
         share = int(_hash(document["module"])[:8], 16) / 2**32

@@ -144,7 +144,9 @@ class JaxBackend:
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        return kv_cache.make_cache(self.config, rows, max_length, self.dtype)
+        cache = kv_cache.make_cache(self.config, rows, max_length, self.dtype)
+        # where the weights are: steps return it there, and a second placement is a second compile
+        return jax.device_put(cache, self._replicated)
 
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int

@@ -409,3 +409,13 @@ def test_turns_of_a_conversation_give_what_a_fresh_engine_gives():
         ids = [*[*first.ids, *reply.ids][:cut], 33, 44, 55]
         request = Request(ids, SAMPLED, ignore_eos=True)
         assert engine.complete([request])[0].ids == real_engine(1).complete([request])[0].ids
+
+
+def test_nothing_compiles_after_the_first_request():
+    """Not even for the cache that the first step returns: it is where a new one is."""
+    real_engine().complete(requests(8)[2:3])
+    decoder = backend()._decoder
+    programs = (decoder._read, decoder._write, decoder._decode)
+    before = [program._cache_size() for program in programs]
+    real_engine().complete(requests(8)[1:3])
+    assert [program._cache_size() for program in programs] == before

@@ -1,0 +1,261 @@
+"""Downloads against a real server that misbehaves in every way we could think of."""
+
+import hashlib
+import itertools
+import os
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jaxchat import artifacts
+from jaxchat.artifacts import Remote, atomic_write, base_dir, download, hub_file, hub_url
+from scripts import data_download
+
+BODY = bytes(itertools.islice(itertools.cycle(range(251)), 300_000))
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves BODY; `script` holds one behaviour per request, then it behaves."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.requests, self.body, self.etag = [], [], BODY, '"v1"'
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.server.requests.append(dict(self.headers))
+        self.send_response(200)
+        self.send_header("X-Linked-Size", str(len(self.server.body)))
+        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.server.body).hexdigest()}"')
+        self.end_headers()
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append(dict(self.headers))
+        act = server.script.pop(0) if server.script else "behave"
+        if isinstance(act, int):
+            self.send_response(act)
+            if act == 429:
+                self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body, start = server.body, self._start(act)
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", server.etag)
+        self.send_header("Content-Length", str(len(body) - start + 100 * (act == "lie")))
+        self.end_headers()
+        rest = body[start:]
+        if act == "corrupt":
+            rest = bytes(len(rest))
+        if act in ("truncate", "stall"):
+            rest = rest[: len(rest) // 2]
+        self.wfile.write(rest)
+        if act == "stall":
+            self.wfile.flush()
+            time.sleep(1.5)
+        if act in ("truncate", "stall", "lie"):
+            self.close_connection = True
+
+    def _start(self, act):
+        wanted = self.headers.get("Range")
+        fresh = self.headers.get("If-Range", self.server.etag) == self.server.etag
+        if not wanted or not fresh or act == "ignore range":
+            return 0
+        return int(wanted.removeprefix("bytes=").removesuffix("-"))
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def fetch(server, path, *, known=True, **options):
+    remote = Remote(f"{server.url}/file", len(BODY) if known else None, SHA256 if known else None)
+    return download(remote, path, timeout=0.5, backoff=0.001, **options)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [],
+        ["truncate"],
+        ["truncate", "truncate", "truncate"],
+        ["stall"],
+        [500, 503, 429],
+        ["lie"],
+        ["truncate", "ignore range"],
+        ["corrupt"],
+        ["truncate", "corrupt"],
+        [500, "truncate", "stall", 429, "lie"],
+    ],
+    ids=str,
+)
+def test_the_file_arrives_whole_whatever_happens(server, tmp_path, script):
+    server.script = list(script)
+    fetch(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".file.lock", "file"]
+
+
+def test_a_resumed_download_asks_only_for_the_rest(server, tmp_path):
+    server.script = ["truncate"]
+    fetch(server, tmp_path / "file")
+    assert "Range" not in server.requests[0]
+    assert server.requests[1]["Range"] == f"bytes={len(BODY) // 2}-"
+    assert server.requests[1]["If-Range"] == '"v1"'
+
+
+def test_a_file_that_changes_on_the_way_is_not_mixed(server, tmp_path):
+    server.script = ["truncate"] + [500] * 7
+    with pytest.raises(OSError, match="failed 7 times"):
+        fetch(server, tmp_path / "file", known=False)
+    server.body, server.etag = BODY[::-1], '"v2"'
+    fetch(server, tmp_path / "file", known=False)
+    assert (tmp_path / "file").read_bytes() == BODY[::-1]
+
+
+def test_progress_adds_up_to_the_file(server, tmp_path):
+    server.script = ["truncate", "ignore range", "corrupt"]
+    seen = []
+    fetch(server, tmp_path / "file", on_bytes=seen.append)
+    assert sum(seen) == len(BODY)
+
+
+@pytest.mark.parametrize(("status", "remedy"), [(401, "HF_TOKEN"), (403, "terms"), (404, "name")])
+def test_a_final_answer_is_not_retried(server, tmp_path, status, remedy):
+    server.script = [status]
+    with pytest.raises(OSError, match=f"HTTP {status}, .*{remedy}"):
+        fetch(server, tmp_path / "file")
+    assert len(server.requests) == 1
+    assert not (tmp_path / "file").exists()
+
+
+def test_giving_up_keeps_what_has_come(server, tmp_path):
+    server.script = ["truncate"] + [500] * 20
+    with pytest.raises(OSError, match="run the same command again to continue"):
+        fetch(server, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    server.script = []
+    fetch(server, tmp_path / "file")
+    assert server.requests[-1]["Range"] == f"bytes={len(BODY) // 2}-"
+
+
+def test_two_at_once_fetch_it_once(server, tmp_path):
+    threads = [threading.Thread(target=fetch, args=(server, tmp_path / "file")) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 1
+
+
+def test_a_full_disk_is_said_before_anything_is_written(server, tmp_path, monkeypatch):
+    usage = os.statvfs(tmp_path)
+    monkeypatch.setattr(
+        artifacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})()
+    )
+    assert usage.f_bavail > 0
+    with pytest.raises(OSError, match=r"1,000 bytes free, the download needs 300,000"):
+        fetch(server, tmp_path / "file")
+
+
+def test_the_hub_states_size_and_hash_and_alone_gets_the_token(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert hub_url("me/set", "a.parquet") == f"{server.url}/datasets/me/set/resolve/main/a.parquet"
+    assert hub_file("me/set", "a.parquet") == Remote(
+        hub_url("me/set", "a.parquet"), len(BODY), SHA256
+    )
+    assert server.requests[-1]["Authorization"] == "Bearer secret"
+    assert artifacts._auth("http://elsewhere.example/a") == {}
+
+
+@contextmanager
+def small_dataset(monkeypatch, last_shard=9):
+    dataset = data_download.HubDataset("climbmix", "me/set", last_shard)
+    monkeypatch.setitem(data_download.HUB_DATASETS, "climbmix", dataset)
+    yield dataset
+
+
+def test_the_script_fetches_shards_and_the_validation_shard(server, base_dir, monkeypatch, capsys):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one", "two"]}), sink)
+    server.body = sink.getvalue()
+    server.script = ["truncate", 500, 429]
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(artifacts.time, "sleep", lambda _: None)
+    with small_dataset(monkeypatch) as dataset:
+        data_download.main(data_download.Config(num_shards=2, workers=2))
+        names = sorted(p.name for p in dataset.directory.glob("*.parquet"))
+        assert names == ["shard_00000.parquet", "shard_00001.parquet", "shard_00009.parquet"]
+        assert "4 documents, 2 held out" in capsys.readouterr().out
+        (dataset.directory / names[0]).write_bytes(b"damaged")
+        data_download.main(data_download.Config(num_shards=2, verify=True))
+        assert (dataset.directory / names[0]).read_bytes() == server.body
+
+
+def test_the_script_keeps_what_came_and_names_what_did_not(server, base_dir, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.script = ["behave", 404, "behave"]
+    with (
+        small_dataset(monkeypatch) as dataset,
+        pytest.raises(OSError, match=r"1 of 3 downloads failed:\n  shard_0000\d\.parquet.*404"),
+    ):
+        data_download.main(data_download.Config(num_shards=2, workers=1))
+    assert len(list(dataset.directory.glob("*.parquet"))) == 2
+
+
+def test_an_archive_that_points_outside_is_not_unpacked(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("../outside.txt", "gotcha")
+    with pytest.raises(ValueError, match="points outside"):
+        data_download.unpack(tmp_path / "evil.zip", tmp_path / "inside")
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "sub" / "file"
+    with atomic_write(path) as file:
+        file.write("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_the_base_directory_is_ours_before_upstreams(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "theirs"))
+    monkeypatch.delenv("JAXCHAT_BASE_DIR", raising=False)
+    assert base_dir() == tmp_path / "theirs"
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "ours"))
+    assert base_dir() == tmp_path / "ours"

@@ -1,0 +1,240 @@
+"""CORE: golden prompts, and batched decisions against one example at a time."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchat.config import GPTConfig
+from jaxchat.core_eval import batches, bucket_length, core_metric, evaluate_task
+from jaxchat.core_tasks import (
+    Scored,
+    Task,
+    demonstrations,
+    load_bundle,
+    make_task,
+    prompts,
+    sequences,
+)
+from jaxchat.dataset import Corpus
+from jaxchat.embedded_tasks import embedded_tasks
+from jaxchat.jax_backend import JaxBackend
+from jaxchat.params import split
+from jaxchat.tokenizer import Tokenizer
+from tests.models import make_perturbed
+
+DATA = Path(os.environ.get("JAXCHAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+BUNDLE = DATA / "eval_bundle"
+needs_bundle = pytest.mark.skipif(
+    not BUNDLE.is_dir(), reason="no evaluation bundle: name a folder in JAXCHAT_TEST_DATA"
+)
+
+CHOICE = {"query": "The sky is", "choices": ["blue.", "green."], "gold": 0}
+SCHEMA = {"context_options": ["Ann saw Bo and Ann", "Ann saw Bo and Bo"], "continuation": "ran."}
+LANGUAGE = {"context": " One, two, ", "continuation": "three"}
+
+
+def task_of(kind, examples, *, shots=0, delimiter=" "):
+    return Task("t", kind, shots, delimiter, 25.0, tuple(examples))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = "The sky is blue. Ann saw Bo and Bo ran. One, two, three, four and the rest. "
+    return Tokenizer.train(iter([text * 20]), vocab_size=320)
+
+
+@pytest.fixture(scope="module")
+def backend(tokenizer):
+    config = GPTConfig(
+        sequence_len=256,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=2,
+        n_embd=32,
+    )
+    backend = JaxBackend(config)
+    _, params = split(make_perturbed(config, scale=0.3))
+    backend.set_params({name: np.asarray(value) for name, value in params.items()})
+    return backend
+
+
+def test_golden_prompts_of_every_kind():
+    shot = {"query": "Grass is", "choices": ["red.", "green."], "gold": 1}
+    choice = task_of("multiple_choice", [CHOICE, shot], shots=1, delimiter="\nA: ")
+    assert prompts(choice, 0) == [
+        "Grass is\nA: green.\n\nThe sky is\nA: blue.",
+        "Grass is\nA: green.\n\nThe sky is\nA: green.",
+    ]
+    assert prompts(task_of("schema", [SCHEMA]), 0) == [
+        "Ann saw Bo and Ann ran.",
+        "Ann saw Bo and Bo ran.",
+    ]
+    assert prompts(task_of("language_modeling", [LANGUAGE]), 0) == [
+        "One, two,",
+        "One, two, three",
+    ]
+
+
+def test_spans_cover_exactly_what_differs(tokenizer):
+    def scored(kind, example):
+        spans = sequences(task_of(kind, [example]), 0, tokenizer, 256)
+        assert all(span.ids[0] == tokenizer.bos_id for span in spans)
+        return [tokenizer.decode(span.ids[span.start : span.end]) for span in spans]
+
+    assert scored("multiple_choice", CHOICE) == [" blue.", " green."]
+    assert scored("schema", SCHEMA) == [" ran.", " ran."]
+    assert scored("language_modeling", LANGUAGE) == [" three"]
+
+
+def test_long_prompts_lose_their_beginning_not_their_span(tokenizer):
+    long = {**LANGUAGE, "context": "One, two, three, " * 100}
+    (span,) = sequences(task_of("language_modeling", [long]), 0, tokenizer, 64)
+    assert len(span.ids) == 64
+    assert tokenizer.decode(span.ids[span.start : span.end]) == " three"
+
+
+def test_demonstrations_never_show_the_question_and_outlive_a_limit():
+    """Upstream draws them from the limited sample, and fails when that is too small (issue 550)."""
+    examples = [{**LANGUAGE, "continuation": str(i)} for i in range(30)]
+    task = make_task(
+        label="t",
+        kind="language_modeling",
+        num_fewshot=10,
+        delimiter=" ",
+        baseline=0.0,
+        examples=examples,
+    )
+    for index in range(30):
+        shots = demonstrations(task, index)
+        assert len(shots) == 10
+        assert task.examples[index] not in shots
+    assert demonstrations(task, 3) == demonstrations(task, 3)
+
+
+def test_too_few_examples_for_the_demonstrations_are_refused():
+    with pytest.raises(ValueError, match="t has 1 examples, its 1 demonstrations"):
+        task_of("schema", [SCHEMA], shots=1)
+
+
+def test_every_sequence_is_in_one_batch_that_holds_it():
+    rng = np.random.default_rng(0)
+    flat = [Scored([0] * int(n), 1, int(n)) for n in rng.integers(2, 257, 200)]
+    seen = []
+    for indices, bucket in batches(flat, 256, 1024):
+        assert len(indices) <= 1024 // bucket
+        assert all(len(flat[i].ids) <= bucket for i in indices)
+        seen += indices
+    assert sorted(seen) == list(range(200))
+    assert [bucket_length(n, 200) for n in (1, 64, 65, 129, 200)] == [64, 64, 128, 200, 200]
+
+
+def decide_alone(backend, tokenizer, task, index):
+    """The definition, one sequence at a time and unpadded."""
+    spans = sequences(task, index, tokenizer, backend.config.sequence_len)
+    results = []
+    for ids, start, end in spans:
+        row = np.array([ids], np.int32)
+        nll, greedy = backend.score(row[:, :-1], row[:, 1:])
+        results.append((nll[0, start - 1 : end - 1].mean(), greedy[0, start - 1 : end - 1]))
+    if task.kind == "language_modeling":
+        return results[0][1].tolist() == spans[0].ids[spans[0].start : spans[0].end]
+    nats = [mean for mean, _ in results]
+    return int(np.argmin(nats)) == task.examples[index]["gold"]
+
+
+@needs_bundle
+def test_batches_decide_as_single_examples_on_all_22_tasks(backend, tokenizer):
+    tasks = load_bundle(BUNDLE)
+    assert len(tasks) == 22
+    batched = JaxBackend(backend.config)
+    batched.set_params(backend.get_params())
+    for task in tasks:
+        alone = [decide_alone(backend, tokenizer, task, i) for i in range(2)]
+        result = evaluate_task(batched, tokenizer, task, max_examples=2, batch_tokens=2048)
+        assert result.accuracy == np.mean(alone), task.label
+    assert batched._score._cache_size() <= 3  # 64, 128 and 256 tokens
+
+
+@needs_bundle
+def test_centering_reproduces_the_published_gpt2_table():
+    """Our formula and baselines turn its accuracies into its centred ones, and 0.1139."""
+    import csv
+
+    baselines = {task.label: task.baseline / 100 for task in load_bundle(BUNDLE)}
+    with open(BUNDLE / "openai-community-gpt2.csv", newline="") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file)][1:]
+    centered = []
+    for label, accuracy, published in rows[:22]:
+        value = (float(accuracy) - baselines[label]) / (1 - baselines[label])
+        assert value == pytest.approx(float(published), abs=2e-6)
+        centered.append(value)
+    assert np.mean(centered) == pytest.approx(0.1139, abs=1e-4)
+
+
+def test_a_model_that_knows_the_answers_gets_them_all(tokenizer):
+    """Language modelling is right exactly when every token is the model's first choice."""
+
+    class Knowing:
+        config = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size)
+
+        def score(self, inputs, targets):
+            nll = np.where(targets < 0, 0, 1).astype(np.float32)
+            return nll, np.where(targets < 0, 0, targets)
+
+    task = task_of("language_modeling", [LANGUAGE] * 5)
+    result = evaluate_task(Knowing(), tokenizer, task, max_examples=None, batch_tokens=128)
+    assert (result.accuracy, result.examples) == (1.0, 5)
+    assert core_metric([result]) == result.centered == 1.0
+
+
+def test_a_bundle_that_is_none_says_how_to_get_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data_download --all"):
+        load_bundle(tmp_path)
+
+
+def test_a_broken_line_of_a_bundle_is_named(tmp_path):
+    (tmp_path / "core.yaml").write_text(
+        "icl_tasks:\n- {label: t, dataset_uri: t.jsonl, num_fewshot: [0], "
+        "icl_task_type: language_modeling}\n"
+    )
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nt,0\n")
+    (tmp_path / "eval_data").mkdir()
+    (tmp_path / "eval_data" / "t.jsonl").write_text(json.dumps(LANGUAGE) + "\n{oops\n")
+    with pytest.raises(ValueError, match=r"t\.jsonl:2: "):
+        load_bundle(tmp_path)
+
+
+class Documentation(Corpus):
+    """Held-out summaries of a hundred functions."""
+
+    def groups(self, split):
+        return [(0, 0, 100)]
+
+    def read_group(self, split, shard, group):
+        return [
+            f"lib.module.function_{i}\n\nReturn the number {i} as a value of its own kind.\n\nMore."
+            for i in range(100)
+        ]
+
+
+def test_embedded_tasks_have_all_kinds_one_right_answer_and_honest_baselines(backend, tokenizer):
+    tasks = embedded_tasks(Documentation("docs", "f"))
+    assert [task.kind for task in tasks] == ["multiple_choice", "schema", "language_modeling"]
+    assert [task.baseline for task in tasks] == [25, 50, 0]
+    for example in tasks[0].examples:
+        number = example["query"].rpartition("_")[2]
+        matching = [f"number {number} as" in choice for choice in example["choices"]]
+        assert matching.index(True) == example["gold"]
+        assert sum(matching) == 1
+    golds = [example["gold"] for example in tasks[0].examples]
+    assert min(np.bincount(golds, minlength=4)) > 10
+    assert tasks[2].examples[0]["continuation"] == "kind"
+    for task in tasks:
+        result = evaluate_task(backend, tokenizer, task, max_examples=4, batch_tokens=2048)
+        assert result.accuracy == np.mean(
+            [decide_alone(backend, tokenizer, task, i) for i in range(4)]
+        )

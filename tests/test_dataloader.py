@@ -1,0 +1,194 @@
+"""Packed rows: what is in them, in which order, and how exactly they resume."""
+
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxchat import dataloader
+from jaxchat.dataloader import NUM_STREAMS, PackedLoader, merge_states
+from jaxchat.dataset import Corpus
+from tests.byte_tokenizer import ByteTokenizer
+
+
+class ListCorpus(Corpus):
+    """Documents given as groups of texts."""
+
+    def __init__(self, groups):
+        super().__init__("list", f"{hash(tuple(map(tuple, groups))):x}")
+        self._groups = groups
+
+    def groups(self, split):
+        return [(0, i, len(group)) for i, group in enumerate(self._groups)]
+
+    def read_group(self, split, shard, group):
+        return self._groups[group]
+
+
+def corpus_of(documents=300, groups=3, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = [f"{i}:" + "x" * int(rng.integers(0, 90)) for i in range(documents)]
+    return ListCorpus([texts[i::groups] for i in range(groups)])
+
+
+def loader_of(corpus, **changes):
+    options = {"split": "train", "rows_per_batch": 8, "sequence_len": 50, "seed": 3}
+    return PackedLoader(corpus, ByteTokenizer(), **(options | changes))
+
+
+def take(loader, batches):
+    with loader:
+        return [next(loader) for _ in range(batches)]
+
+
+texts = st.lists(st.text(st.characters(codec="ascii"), max_size=40), min_size=1, max_size=40)
+slow = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+
+
+@slow
+@given(st.lists(texts, min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 9))
+def test_rows_start_with_bos_and_hold_whole_documents_or_cropped_ends(groups, length, seed):
+    """Cutting a row at its bos gives beginnings of documents, and all but the last are whole."""
+    known = {text.encode() for group in groups for text in group}
+    batch = take(loader_of(ListCorpus(groups), sequence_len=length, seed=seed), 1)[0]
+    assert batch.inputs.shape == batch.targets.shape == (8, length)
+    for inputs, targets in zip(*batch, strict=True):
+        row = np.append(inputs, targets[-1])
+        np.testing.assert_array_equal(row[1:], targets)
+        assert row[0] == ByteTokenizer.bos_id
+        starts = [*np.flatnonzero(row == ByteTokenizer.bos_id), len(row)]
+        pieces = [bytes(row[a + 1 : b].astype(np.uint8)) for a, b in itertools.pairwise(starts)]
+        assert all(piece in known for piece in pieces[:-1])
+        assert any(text.startswith(pieces[-1]) for text in known)
+
+
+def test_one_epoch_loses_nothing_silently():
+    """Tokens in rows + tokens cropped + tokens still in buffers = tokens read, document by document."""
+    corpus = corpus_of()
+    with loader_of(corpus) as loader:
+        while loader.epoch == 0:
+            next(loader)
+        state = loader.state()
+    kept = sum(s["kept"] for s in state["streams"].values())
+    cropped = sum(s["cropped"] for s in state["streams"].values())
+    assert kept == state["rows"] * 51
+    sizes = {
+        (0, g, i): len(text) + 1
+        for g, _ in enumerate(corpus._groups)
+        for i, text in enumerate(corpus.read_group("train", 0, g))
+    }
+    waiting = [tuple(where) for s in state["streams"].values() for _, *where in s["buffer"]]
+    entered = sum(s["entered"] for s in state["streams"].values())
+    assert entered >= 300
+    assert 0 < cropped < 0.2 * kept
+    consumed = kept + cropped + sum(sizes[where] for where in waiting)
+    whole, rest = divmod(entered, 300)
+    assert whole * sum(sizes.values()) <= consumed <= (whole + (rest > 0)) * sum(sizes.values())
+
+
+def test_a_pass_hands_every_document_to_exactly_one_stream():
+    corpus = corpus_of(groups=40)
+    for candidate in (corpus, corpus_of(groups=3)):
+        reader = dataloader._Reader(candidate, "train", ByteTokenizer())
+        seen = [
+            (shard, group, int(row))
+            for stream in range(NUM_STREAMS)
+            for shard, group, count in reader.order(stream, 1, 0)
+            for row in reader.rows(stream, 1, 0, (shard, group, count))
+        ]
+        assert sorted(seen) == sorted(
+            (s, g, i) for s, g, count in candidate.groups("train") for i in range(count)
+        )
+
+
+@pytest.mark.parametrize("documents", [1, 2, 7, 9])
+def test_a_tiny_corpus_still_fills_rows(documents):
+    batch = take(loader_of(corpus_of(documents=documents, groups=1)), 2)[1]
+    assert batch.inputs.shape == (8, 50)
+
+
+@slow
+@given(st.integers(0, 30), st.integers(1, 6), st.integers(1, 40))
+def test_a_state_resumes_bit_for_bit(before, after, rows):
+    corpus = corpus_of()
+    with loader_of(corpus, rows_per_batch=rows) as loader:
+        for _ in range(before):
+            next(loader)
+        state = json.loads(json.dumps(loader.state()))
+        expected = [next(loader) for _ in range(after)]
+    resumed = take(loader_of(corpus, rows_per_batch=rows, state=state), after)
+    np.testing.assert_array_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_share_the_rows_that_one_would_read(processes):
+    corpus = corpus_of()
+    alone = take(loader_of(corpus, rows_per_batch=16), 5)
+    parts = [
+        take(loader_of(corpus, rows_per_batch=16, process_index=i, process_count=processes), 5)
+        for i in range(processes)
+    ]
+    for step, batch in enumerate(alone):
+        together = np.concatenate([part[step].inputs for part in parts])
+        assert sorted(map(bytes, together)) == sorted(map(bytes, batch.inputs))
+
+
+def test_a_run_of_two_processes_continues_on_one():
+    corpus = corpus_of()
+    states = []
+    for i in range(2):
+        with loader_of(corpus, process_index=i, process_count=2) as loader:
+            for _ in range(3):
+                next(loader)
+            states.append(loader.state())
+    expected = take(loader_of(corpus), 6)[3:]
+    resumed = take(loader_of(corpus, state=merge_states(states)), 3)
+    np.testing.assert_array_equal(resumed, expected)
+
+
+def test_epochs_differ_and_seeds_differ_but_both_repeat():
+    corpus = corpus_of(documents=40, groups=1)
+    first, again = (take(loader_of(corpus), 6) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, take(loader_of(corpus, seed=4), 6))
+
+
+def test_the_fullest_fit_wins():
+    """Of documents of 3, 10 and 30 tokens, a row of 34 takes the 30, the 3, then crops."""
+    group = ["a" * 29, "b" * 9, "c" * 2]
+    stream = dataloader._Stream(
+        dataloader._Reader(ListCorpus([group * 8]), "train", ByteTokenizer()), 0, 0, None
+    )
+    stream._capacity = 3
+    row = stream.next_row(34)
+    assert bytes(row[1:30].astype(np.uint8)) == b"a" * 29
+    assert bytes(row[31:33].astype(np.uint8)) == b"c" * 2
+
+
+def test_another_corpus_or_length_is_refused_by_name():
+    with loader_of(corpus_of()) as loader:
+        state = loader.state()
+    with pytest.raises(ValueError, match="sequence_len 50, now 60"):
+        loader_of(corpus_of(), sequence_len=60, state=state)
+    with pytest.raises(ValueError, match="corpus"):
+        loader_of(corpus_of(seed=1), state=state)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="3 processes must divide the 8 data streams"):
+        loader_of(corpus_of(), rows_per_batch=24, process_count=3)
+
+
+def test_errors_of_the_reading_thread_arrive_and_no_thread_stays():
+    class Broken(ListCorpus):
+        def read_group(self, split, shard, group):
+            raise OSError("the disk is gone")
+
+    before = threading.active_count()
+    with loader_of(Broken([["a", "b"]])) as loader, pytest.raises(OSError, match="the disk is"):
+        next(loader)
+    assert threading.active_count() == before

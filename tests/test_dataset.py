@@ -1,0 +1,122 @@
+"""Corpora: folders, hub shards and the embedded documentation, and what is said when one is bad."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxchat import dataset, embedded_corpus
+from jaxchat.dataset import HUB_DATASETS, default_corpus, open_corpus
+
+
+def write_shard(path, texts, row_group_size=2):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
+
+
+def texts_of(corpus, split):
+    return list(corpus.iter_texts(split))
+
+
+def test_a_folder_of_text_splits_the_same_way_every_time(tmp_path):
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("a whole\n\ndocument")
+    first, again = open_corpus(str(tmp_path)), open_corpus(str(tmp_path))
+    assert first.fingerprint == again.fingerprint
+    train, val = texts_of(first, "train"), texts_of(first, "val")
+    assert (train, val) == (texts_of(again, "train"), texts_of(again, "val"))
+    assert len(val) == 2
+    assert {*train, *val} == {*(f"line {i}" for i in range(30)), "a whole\n\ndocument"}
+    (tmp_path / "b.txt").write_text("another")
+    assert open_corpus(str(tmp_path)).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"body": "x"}', '{"text": 3}', "[]"])
+def test_a_broken_line_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: "):
+        open_corpus(str(tmp_path))
+
+
+def test_an_empty_folder_and_an_unknown_name_say_what_would_do(tmp_path):
+    with pytest.raises(ValueError, match=r"holds 0 distinct document"):
+        open_corpus(str(tmp_path))
+    with pytest.raises(ValueError, match=r"neither one of climbmix, fineweb-edu, embedded nor"):
+        open_corpus("clmbmix")
+
+
+def test_parquet_folders_validate_on_their_last_file(tmp_path):
+    for i in range(3):
+        write_shard(tmp_path / f"{i}.parquet", [f"{i}a", f"{i}b", f"{i}c"])
+    corpus = open_corpus(str(tmp_path))
+    assert texts_of(corpus, "train") == ["0a", "0b", "0c", "1a", "1b", "1c"]
+    assert texts_of(corpus, "val") == ["2a", "2b", "2c"]
+    assert corpus.groups("train") == [(0, 0, 2), (0, 1, 1), (1, 0, 2), (1, 1, 1)]
+    assert corpus.read_group("train", 1, 1) == ["1c"]
+    assert list(corpus.iter_texts("train", max_chars=3)) == ["0a", "0b"]
+
+
+def test_the_validation_shard_is_the_same_however_many_were_downloaded(base_dir):
+    """Upstream took the last of those on disk (its issue 541)."""
+    hub = HUB_DATASETS["climbmix"]
+    with pytest.raises(ValueError, match=r"data_download --dataset climbmix -n 8"):
+        open_corpus("climbmix")
+    write_shard(hub.directory / "shard_06542.parquet", ["val"])
+    write_shard(hub.directory / "shard_00000.parquet", ["a"])
+    one = open_corpus("climbmix")
+    write_shard(hub.directory / "shard_00001.parquet", ["b"])
+    two = open_corpus("climbmix")
+    assert texts_of(one, "val") == texts_of(two, "val") == ["val"]
+    assert texts_of(two, "train") == ["a", "b"]
+    assert one.fingerprint != two.fingerprint
+    assert default_corpus() == "climbmix"
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """One installed distribution, instead of all of them."""
+    monkeypatch.setattr(embedded_corpus, "DISTRIBUTIONS", ("networkx",))
+    stdlib = tmp_path / "stdlib"
+    stdlib.mkdir()
+    (stdlib / "one.py").write_text(f'"""{"Module documentation. " * 12}"""\n')
+    (stdlib / "bad.py").write_text("def broken(:\n")
+    (stdlib / "short.py").write_text('"""Too short."""\n')
+    tests = stdlib / "test"
+    tests.mkdir()
+    (tests / "hidden.py").write_text(f'"""{"Test documentation. " * 12}"""\n')
+    monkeypatch.setattr(embedded_corpus.sysconfig, "get_path", lambda _: str(stdlib))
+    return stdlib
+
+
+def test_the_embedded_corpus_is_the_documentation_of_what_is_installed(base_dir, library):
+    corpus = open_corpus("embedded")
+    train, val = texts_of(corpus, "train"), texts_of(corpus, "val")
+    documents = train + val
+    assert any(text.startswith("networkx.algorithms.") for text in documents)
+    assert any(text.startswith("one\n\nModule documentation.") for text in documents)
+    assert not any("Test documentation" in text or "Too short" in text for text in documents)
+    bodies = [text.partition("\n\n")[2] for text in documents]
+    assert len(set(bodies)) == len(bodies)
+    assert 0.01 < len(val) / len(documents) < 0.12
+    assert default_corpus() == "embedded"
+
+
+def test_the_embedded_corpus_is_harvested_once_per_set_of_versions(base_dir, library, monkeypatch):
+    first = open_corpus("embedded")
+    monkeypatch.setattr(embedded_corpus, "harvest", lambda: pytest.fail("harvested again"))
+    assert open_corpus("embedded").fingerprint == first.fingerprint
+    versions = {"networkx": "changed"}
+    monkeypatch.setattr(embedded_corpus, "installed_versions", lambda: versions)
+    with pytest.raises(pytest.fail.Exception, match="harvested again"):
+        open_corpus("embedded")
+
+
+def test_no_document_of_one_module_is_on_both_sides(base_dir, library):
+    directory = embedded_corpus.ensure_embedded_corpus()
+    modules = [
+        set(pq.read_table(directory / f"{split}.parquet")["module"].to_pylist())
+        for split in dataset.SPLITS
+    ]
+    assert not modules[0] & modules[1]
