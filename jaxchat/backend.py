@@ -165,7 +165,7 @@ class Backend(Protocol):
         lies behind the new tokens is forgotten. A row can thus be continued or rewound to a common
         prefix; whatever the first new token needs of its predecessor (smearing needs the un-smeared
         embedding) must follow from what the row holds at `start` - 1, so a cache keeps the ids.
-        ValueError when the row is too short. The passed cache must not be used again.
+        ValueError when they do not fit into the row. The passed cache must not be used again.
         """
         ...
 

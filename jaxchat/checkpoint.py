@@ -28,6 +28,9 @@ STAGE_FOLDERS = {
 }
 """Where each stage of the pipeline keeps its models, below the base directory."""
 
+STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+"""What trains them."""
+
 META = "meta.json"
 
 
@@ -173,7 +176,7 @@ def find_model_tag(source: str) -> str:
     tags = [path.name for path in folder.glob("*") if CheckpointStore(path).steps()]
     if not tags:
         raise FileNotFoundError(
-            f"no {source} model in {folder}: train one with python -m scripts.{source}_train"
+            f"no {source} model in {folder}: train one with python -m scripts.{STAGE_SCRIPTS[source]}"
         )
     depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
     if depths:

@@ -67,7 +67,7 @@ def test_rows_start_with_bos_and_hold_whole_documents_or_cropped_ends(groups, le
 
 
 def test_one_epoch_loses_nothing_silently():
-    """Tokens in rows + tokens cropped + tokens still in buffers = tokens read, document by document."""
+    """Tokens in rows + tokens cropped + tokens waiting in buffers = tokens read."""
     corpus = corpus_of()
     with loader_of(corpus) as loader:
         while loader.epoch == 0:

@@ -1,0 +1,124 @@
+"""Command lines: every one that we print parses, and a wrong one is told what would be right."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jaxchat import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("[a-z]*.py"))
+
+
+def written_commands():
+    """(file, words) of every `python -m scripts.NAME ...` in README, docs and docstrings."""
+    for path in (ROOT / "README.md", *(ROOT / "scripts").glob("*.py")):
+        text = path.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+        for line in re.findall(
+            r"python -m (scripts\.[a-z_]+[^\n`\"]*(?:\"[^\"\n]*\"[^\n`\"]*)*)", text
+        ):
+            words = shlex.split(line.split("  #")[0].rstrip(".,;:"))
+            yield path.name, [word for word in words if "{" not in word]
+
+
+def speedrun_commands(tier):
+    """The stages of a tier, as the shell script itself expands them."""
+    import subprocess
+
+    script = (ROOT / "speedrun_jax.sh").read_text()
+    recipe = script.split("# --- The environment")[0]
+    stages = re.findall(r"^stage (.*)$", script, re.MULTILINE)
+    echo = "".join(f'printf "%s\\n" "$(printf " %q" {stage})"\n' for stage in stages)
+    shell = subprocess.run(
+        ["bash", "-c", recipe + echo, str(ROOT / "speedrun_jax.sh")],
+        env={"JAXCHAT_TIER": tier, "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [shlex.split(line) for line in shell.stdout.splitlines() if line.startswith(" ")]
+
+
+def parse(words):
+    module = importlib.import_module(words[0])
+    return cli.parse(module.Config, words[1:])
+
+
+@pytest.mark.parametrize("tier", ["node", "gpu", "cpu", "smoke"])
+def test_every_stage_of_every_tier_parses(tier):
+    commands = speedrun_commands(tier)
+    assert len(commands) >= 6
+    for name, *words in commands:
+        parse([f"scripts.{name}", *words])
+
+
+def test_every_written_command_parses():
+    commands = list(written_commands())
+    assert {name for name, _ in commands} >= {"README.md", "base_train.py"}
+    for _, words in commands:
+        parse(words)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_option(name, capsys):
+    module = importlib.import_module(f"scripts.{name}")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(module.Config, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m scripts.{name}" in shown
+    for field in module.Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in shown or f"--no-{field}" in shown
+
+
+def test_an_unknown_flag_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["scripts.base_train", "--dept", "4"])
+    assert stop.value.code == 2
+    assert "--depth" in capsys.readouterr().err
+
+
+def test_dashes_and_underscores_are_the_same():
+    assert parse(["scripts.base_train", "--total_batch_size", "4096"]) == parse(
+        ["scripts.base_train", "--total-batch-size", "4096"]
+    )
+
+
+def test_a_users_mistake_is_one_line_and_ours_a_traceback(capsys, monkeypatch):
+    from scripts import report
+
+    monkeypatch.setattr("sys.argv", ["report"])
+
+    def fail(error):
+        def main(_):
+            raise error
+
+        return main
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fail(ValueError("batch 3 is odd; use 4")), report.Config)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: batch 3 is odd; use 4\n"
+    with pytest.raises(KeyError):
+        cli.run(fail(KeyError("ours")), report.Config)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scripts.tok_train", "--vocab-size", "100"], "vocab_size 100 must be at least 265"),
+        (["scripts.data_download", "--dataset", "x"], "dataset 'x': choose one of climbmix"),
+        (["scripts.base_eval", "--max-per-task", "0"], "max_per_task=0 must be at least 1"),
+    ],
+)
+def test_impossible_values_are_named(words, message, capsys, monkeypatch):
+    module = importlib.import_module(words[0])
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(module.main, module.Config)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,64 @@
+"""Metrics: a file that reads as if nothing had happened, and guests that cannot do harm."""
+
+import json
+
+from jaxchat.tracker import Tracker, open_guests, read_metrics
+
+
+def test_a_resumed_file_forgets_what_came_after_the_checkpoint(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    first = Tracker(path)
+    for step in range(1, 6):
+        first.log(step, {"train/loss": float(step)})
+    first.log(3, {"val/bpb": 1.0})
+    first.close()
+    second = Tracker(path, resume_step=3)
+    second.log(3, {"val/bpb": 1.0})
+    second.log(4, {"train/loss": 4.5})
+    second.close()
+    rows = read_metrics(path)
+    assert [(r["step"], r.get("train/loss")) for r in rows] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (3, None),
+        (4, 4.5),
+    ]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "train/loss": 2.0}) + '\n{"step": 2, "train/l')
+    assert read_metrics(path) == [{"step": 1, "train/loss": 2.0}]
+
+
+def test_a_guest_that_fails_is_dropped_and_the_file_goes_on(tmp_path, capsys):
+    class Guest:
+        calls = 0
+
+        def log(self, step, scalars):
+            self.calls += 1
+            raise ConnectionError("the service is down")
+
+        def close(self):
+            raise AssertionError("a dropped guest is not closed")
+
+    guest = Guest()
+    tracker = Tracker(tmp_path / "metrics.jsonl", [guest])
+    for step in range(3):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.close()
+    assert guest.calls == 1
+    assert "Guest failed and is dropped: the service is down" in capsys.readouterr().out
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_guest_that_cannot_start_is_no_reason_not_to_train(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert open_guests(wandb_run="x", tensorboard=None, config={}) == []
+    assert "training goes on without it" in capsys.readouterr().out
+
+
+def test_nobody_asked_means_no_guest():
+    assert open_guests(wandb_run=None, tensorboard=None, config={}) == []
+    assert open_guests(wandb_run="dummy", tensorboard=None, config={}) == []
