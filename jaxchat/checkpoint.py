@@ -176,7 +176,8 @@ def find_model_tag(source: str) -> str:
     tags = [path.name for path in folder.glob("*") if CheckpointStore(path).steps()]
     if not tags:
         raise FileNotFoundError(
-            f"no {source} model in {folder}: train one with python -m scripts.{STAGE_SCRIPTS[source]}"
+            f"no {source} model in {folder}: train one with "
+            f"python -m scripts.{STAGE_SCRIPTS[source]}"
         )
     depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
     if depths:

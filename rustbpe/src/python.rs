@@ -67,8 +67,10 @@ impl Tokenizer {
                 break;
             }
             py.check_signals()?;
-            py.detach(|| buffer.iter().try_for_each(|text| count_pieces(&regex, text, &mut counts)))
-                .map_err(PyValueError::new_err)?;
+            py.detach(|| {
+                buffer.iter().try_for_each(|text| count_pieces(&regex, text, &mut counts))
+            })
+            .map_err(PyValueError::new_err)?;
         }
         let merges = py.detach(|| train(&counts, vocab_size));
         self.encoder = Encoder::from_merges(regex, &merges);

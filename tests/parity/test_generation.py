@@ -45,16 +45,16 @@ def prompts():
     return [rng.integers(0, 300, n, dtype=np.int32) for n in PROMPT_LENGTHS]
 
 
-def continue_prompts(backend, params):
-    """NEW_TOKENS of every prompt, all rows in one cache, and their log-probabilities."""
+def continue_prompts(backend, params, new_tokens=NEW_TOKENS):
+    """So many new tokens of every prompt, all rows in one cache, and their log-probabilities."""
     cache = backend.new_cache(len(PROMPT_LENGTHS), 384)
     rows, scores = [], []
     for row, ids in enumerate(prompts()):
         cache, logits = backend.prefill(cache, row, ids, 0)
         token = sampling.sample(logits, params, sampling.uniform(params.seed, row, len(ids)))
         rows.append([*ids.tolist(), token])
-    while len(rows[0]) < PROMPT_LENGTHS[0] + NEW_TOKENS:
-        batch = dispatch(rows, params)
+    while (left := PROMPT_LENGTHS[0] + new_tokens - len(rows[0])) > 0:
+        batch = dispatch(rows, params, min(PER_DISPATCH, left))
         result = backend.decode(cache, batch)
         cache = result.cache
         assert (result.counts == batch.budgets).all()
@@ -64,13 +64,12 @@ def continue_prompts(backend, params):
     return rows, np.hstack(scores)
 
 
-def dispatch(rows, params):
+def dispatch(rows, params, budget):
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
-    left = PROMPT_LENGTHS[0] + NEW_TOKENS - len(rows[0])
     return DecodeBatch(
         tokens=np.array([row[-1] for row in rows], np.int32),
         lengths=lengths,
-        budgets=np.full(len(rows), min(PER_DISPATCH, left), np.int32),
+        budgets=np.full(len(rows), budget, np.int32),
         uniforms=np.stack(
             [
                 sampling.uniforms(params.seed, row, int(length) + 1, PER_DISPATCH)
@@ -97,8 +96,8 @@ def test_cached_decoding_equals_the_slow_oracle(backends):
     params = SamplingParams(max_tokens=20, temperature=0.8, top_k=50, seed=7)
     _, theirs = backends
     oracle = list(theirs.model.generate(prompts()[1].tolist(), params, row=1))
-    tokens, _ = continue_prompts(theirs, params)
-    assert tokens[1][PROMPT_LENGTHS[1] :][:20] == oracle
+    tokens, _ = continue_prompts(theirs, params, new_tokens=20)
+    assert tokens[1][PROMPT_LENGTHS[1] :] == oracle
 
 
 def test_rewound_and_copied_rows_continue_alike(backends, parity):
