@@ -15,6 +15,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -107,7 +108,8 @@ def harvest() -> list[dict[str, str]]:
     """Every distinct document, in an order that mixes the libraries."""
     files = sources()
     seen: dict[str, dict[str, str]] = {}
-    with ProcessPoolExecutor() as pool:
+    # spawned, because a forked child of a process with threads (JAX has many) may hang
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for documents in pool.map(_read, files, chunksize=64):
             for document in documents:
                 seen.setdefault(document["doc"], document)
