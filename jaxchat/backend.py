@@ -131,10 +131,16 @@ class Backend(Protocol):
         ...
 
     def train_step(
-        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+        self,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        schedule: StepSchedule,
+        weights: np.ndarray | None = None,
     ) -> Mapping[str, Any]:
         """One optimizer step on (A, B, T) int32: A micro-batches of B rows.
 
+        The loss is the sum over targets of weight x nats, divided by the number of counted targets
+        (those from 0 on); `weights` (A, B, T) float32 are ones when not given.
         Returns scalars (`loss` in nats per counted target, `grad_norm`) that may still be on their
         way: converting one to float waits for it.
         """

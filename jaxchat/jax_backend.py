@@ -117,7 +117,11 @@ class JaxBackend:
         self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
 
     def train_step(
-        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+        self,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        schedule: StepSchedule,
+        weights: np.ndarray | None = None,
     ) -> Mapping[str, Array]:
         assert self._train_step is not None, "call start_training before train_step"
         if inputs.shape[1] % self.mesh.size:
@@ -126,7 +130,7 @@ class JaxBackend:
                 f"devices; use a device_batch_size that is a multiple of {self.mesh.size}"
             )
         place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
-        batch = (jax.device_put(inputs, place), jax.device_put(targets, place))
+        batch = jax.device_put((inputs, targets, weights), place)
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
         (self._params, self._opt_state), metrics = self._train_step(state, batch, moving)

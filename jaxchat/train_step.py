@@ -2,7 +2,8 @@
 
 Gradients accumulate over the micro-batches inside the jit, each device on its own rows; they meet
 in one sum per step, however many micro-batches there are. The loss is the mean over every counted
-target of the whole batch, so micro-batches of unequal counts weigh what they should.
+target of the whole batch, so micro-batches of unequal counts weigh what they should. Weights turn
+it into a policy gradient: an advantage per token, and the same mean.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,9 @@ class StepMetrics(NamedTuple):
     """Global norm of the mean gradient."""
 
 
-Batch = tuple[Int[Array, "A B T"], Int[Array, "A B T"]]
+Batch = tuple[Int[Array, "A B T"], Int[Array, "A B T"], Float[Array, "A B T"] | None]
+"""Inputs, targets, and a weight for every target, or None where all count alike."""
+
 TrainStep = Callable[[TrainState, Batch, StepSchedule], tuple[TrainState, StepMetrics]]
 
 
@@ -73,13 +76,16 @@ def make_train_step(
 def loss_and_grads(
     graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh
 ) -> tuple[Float[Array, ""], Params]:
-    """Mean loss over the counted targets of all micro-batches, and its gradient."""
+    """Weighted mean loss over the counted targets of all micro-batches, and its gradient."""
 
-    def local_sum(params: Params, inputs: Array, targets: Array) -> Float[Array, ""]:
+    def local_sum(
+        params: Params, inputs: Array, targets: Array, weights: Array | None
+    ) -> Float[Array, ""]:
         model = bind(graphdef, params)
         assert isinstance(model, GPT)
         hidden, _ = model.hidden(inputs)
-        weights = (targets >= 0).astype(jnp.float32)
+        counted = (targets >= 0).astype(jnp.float32)
+        weights = counted if weights is None else counted * weights
         config = model.config
         return cross_entropy(
             hidden,
@@ -90,14 +96,16 @@ def loss_and_grads(
             config.logit_softcap,
         )
 
-    def on_device(params: Params, inputs: Array, targets: Array) -> tuple[Array, Params]:
-        def accumulate(carry: tuple[Array, Params], micro: tuple[Array, Array]) -> tuple:
+    def on_device(params: Params, *batch: Array | None) -> tuple[Array, Params]:
+        def accumulate(carry: tuple[Array, Params], micro: tuple[Array | None, ...]) -> tuple:
             return jax.tree.map(jnp.add, carry, gradient(params, *micro)), None
 
         gradient = jax.value_and_grad(local_sum)
-        total, grads = gradient(params, inputs[0], targets[0])
+        inputs, targets, _ = batch
+        assert inputs is not None and targets is not None
+        total, grads = gradient(params, *jax.tree.map(lambda x: x[0], batch))
         if len(inputs) > 1:
-            rest = (inputs[1:], targets[1:])
+            rest = jax.tree.map(lambda x: x[1:], batch)
             (total, grads), _ = jax.lax.scan(accumulate, (total, grads), rest)
         count = jnp.sum(targets >= 0).astype(jnp.float32)
         total, grads, count = jax.lax.psum((total, grads, count), sharding.DATA)
@@ -107,7 +115,7 @@ def loss_and_grads(
     spread = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(sharding.REPLICATED, sharding.MICRO_BATCHES, sharding.MICRO_BATCHES),
+        in_specs=(sharding.REPLICATED, *[sharding.MICRO_BATCHES] * 3),
         out_specs=sharding.REPLICATED,
         check_vma=False,
     )

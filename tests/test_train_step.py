@@ -26,20 +26,25 @@ def mesh_of(count):
     return sharding.make_mesh(jax.devices()[:count])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_loss_and_gradients_are_those_of_the_whole_batch(preset):
-    """Micro-batches with unequal counts of targets, on eight devices, against one plain mean."""
+@pytest.mark.parametrize(("preset", "weighted"), [("modern", True), ("classic", False)])
+def test_loss_and_gradients_are_those_of_the_whole_batch(preset, weighted):
+    """Micro-batches with unequal counts of targets, on eight devices, against one plain mean.
+
+    Weights of either sign, as a policy gradient has them, change the sum and not the count.
+    """
     graphdef, params = split(make_perturbed(PRESETS[preset]))
     inputs, targets = random_batch((2, 8, 160))
+    weights = np.random.default_rng(1).normal(size=targets.shape).astype(np.float32)
+    each = weights.reshape(16, 160) if weighted else np.float32(1)
 
     def plain(params):
         x, y = jnp.asarray(inputs.reshape(16, 160)), targets.reshape(16, 160)
         log_probs = jax.nn.log_softmax(bind(graphdef, params)(x), axis=-1)
         picked = jnp.take_along_axis(log_probs, jnp.maximum(y, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(y >= 0, picked, 0.0)) / np.float32((y >= 0).sum())
+        return -jnp.sum(jnp.where(y >= 0, each * picked, 0.0)) / np.float32((y >= 0).sum())
 
     step = jax.jit(lambda p, b: loss_and_grads(graphdef, p, b, mesh_of(8)))
-    loss, grads = step(params, (inputs, targets))
+    loss, grads = step(params, (inputs, targets, weights if weighted else None))
     expected_loss, expected = jax.jit(jax.value_and_grad(plain))(params)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     for name in params:
@@ -63,7 +68,7 @@ def losses_on(devices, micro_batches, steps=6):
         inputs, targets = random_batch((1, 16, 64), seed=i % 2)
         shape = (micro_batches, -1, 64)
         schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
-        batch = (jnp.asarray(inputs.reshape(shape)), jnp.asarray(targets.reshape(shape)))
+        batch = (jnp.asarray(inputs.reshape(shape)), jnp.asarray(targets.reshape(shape)), None)
         state, metrics = step(state, batch, schedule)
         losses.append(float(metrics.loss))
     return losses
@@ -86,5 +91,5 @@ def test_a_step_compiles_once():
     state = jax.device_put(TrainState(params, transform.init(params)), place)
     for i in range(3):
         schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
-        state, _ = step(state, random_batch((1, 2, 64), seed=i), schedule)
+        state, _ = step(state, (*random_batch((1, 2, 64), seed=i), None), schedule)
     assert step._cache_size() == 1

@@ -119,7 +119,11 @@ class TorchBackend:
             self._loss_scale = LossScale()
 
     def train_step(
-        self, inputs: np.ndarray, targets: np.ndarray, schedule: StepSchedule
+        self,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        schedule: StepSchedule,
+        weights: np.ndarray | None = None,
     ) -> Mapping[str, Float[Tensor, ""]]:
         assert self._optimizer is not None, "call start_training before train_step"
         rows, world = inputs.shape[1], self.ranks.world
@@ -133,6 +137,7 @@ class TorchBackend:
             self.model,
             self._to_device(inputs[:, own]),
             self._to_device(targets[:, own]),
+            None if weights is None else torch.from_numpy(weights[:, own]).to(self.device),
             count=max(1, int((targets >= 0).sum())),
             ranks=self.ranks,
             loss_scale=1.0 if self._loss_scale is None else self._loss_scale.value,

@@ -1,8 +1,9 @@
 """Loss and gradients of one step: micro-batches, float16 loss scaling, the sum over processes.
 
 The loss is the mean over every counted target of the whole batch, so micro-batches of unequal
-counts weigh what they should. The twin of `jaxchat/train_step.py`; the loss scale is this backend's
-own, because only here float16 is a default (MPS).
+counts weigh what they should; weights turn it into a policy gradient. The twin of
+`jaxchat/train_step.py`; the loss scale is this backend's own, because only here float16 is a
+default (MPS).
 """
 
 from collections.abc import Iterable
@@ -42,18 +43,21 @@ def loss_and_grads(
     model: GPT,
     inputs: Int[Tensor, "A B T"],
     targets: Int[Tensor, "A B T"],
+    weights: Float[Tensor, "A B T"] | None = None,
     *,
     count: int,
     ranks: Ranks,
     loss_scale: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Mean loss over the `count` counted targets of all micro-batches, and its gradient.
+    """Weighted mean loss over the `count` counted targets of all micro-batches, and its gradient.
 
-    `inputs` and `targets` are this process's rows; `count` spans all processes.
+    `inputs`, `targets` and `weights` are this process's rows; `count` spans all processes.
     """
     total = torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs, targets, strict=True):
-        nats = _summed_loss(model, x, y)
+    counted = (targets >= 0).float()
+    weights = counted if weights is None else counted * weights
+    for micro in zip(inputs, targets, weights, strict=True):
+        nats = _summed_loss(model, *micro)
         (nats * (loss_scale / count)).backward()
         total += nats.detach()
     grads = {}
@@ -68,7 +72,10 @@ def loss_and_grads(
 
 
 def _summed_loss(
-    model: GPT, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]
+    model: GPT,
+    inputs: Int[Tensor, "B T"],
+    targets: Int[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
 ) -> Float[Tensor, ""]:
     hidden, _ = model.hidden(inputs)
     config = model.config
@@ -76,7 +83,7 @@ def _summed_loss(
         hidden,
         model.lm_head.weight,
         targets,
-        (targets >= 0).float(),
+        weights,
         config.vocab_size,
         config.logit_softcap,
     )

@@ -46,14 +46,15 @@ def test_logits(twins, parity):
 
 
 def test_loss_and_every_gradient(twins, parity):
-    """Two micro-batches with unequal counts of targets; per leaf, |difference| / |gradient|."""
+    """Two micro-batches with unequal counts of weighted targets; |difference| / |gradient|."""
     preset, config, ours, theirs = twins
     inputs, targets = (x[:, None] for x in random_batch(config))
+    weights = np.random.default_rng(2).uniform(0.5, 2, targets.shape).astype(np.float32)
     loss, grads = jax.jit(lambda p, b: jax_loss_and_grads(ours.graphdef, p, b, ONE_DEVICE))(
-        ours.params, (jnp.asarray(inputs), jnp.asarray(targets))
+        ours.params, tuple(map(jnp.asarray, (inputs, targets, weights)))
     )
     count = int((targets >= 0).sum())
-    batch = (torch.from_numpy(inputs), torch.from_numpy(targets))
+    batch = map(torch.from_numpy, (inputs, targets, weights))
     torch_loss, torch_grads = torch_loss_and_grads(theirs, *batch, count=count, ranks=Ranks())
     parity(f"loss, {preset} (relative)", relative(torch_loss, loss), 1e-5)
     assert torch_grads.keys() == grads.keys()
