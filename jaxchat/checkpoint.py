@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,15 @@ class LoadedModel:
     backend: Backend
     tokenizer: Tokenizer
     meta: Mapping[str, Any]
+    tag: str
+    """Which model of its stage."""
+    path: Path
+    """The folder of the checkpoint."""
+
+
+def fresh_start() -> dict[str, Any]:
+    """The meta of a run that has not begun; `run` tells it from every other run."""
+    return {"step": 0, "train_seconds": 0.0, "loader": None, "run": uuid.uuid4().hex}
 
 
 def stage_directory(source: str, model_tag: str) -> Path:
@@ -194,7 +204,8 @@ def load_model(
     dtype: str | None = None,
 ) -> LoadedModel:
     """Load the weights of a stage's model: by tag and step, or the deepest and the newest."""
-    store = CheckpointStore(stage_directory(source, model_tag or find_model_tag(source)))
+    tag = model_tag or find_model_tag(source)
+    store = CheckpointStore(stage_directory(source, tag))
     steps = store.steps()
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(
@@ -207,7 +218,7 @@ def load_model(
     check_tokenizer(meta, tokenizer, store.path(step))
     model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype)
     model.load(store.path(step))
-    return LoadedModel(model, tokenizer, meta)
+    return LoadedModel(model, tokenizer, meta, tag, store.path(step))
 
 
 def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:

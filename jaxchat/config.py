@@ -11,6 +11,7 @@ Architecture and optimizer follow nanochat at commit 92d63d4 (2026-07-03).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 VOCAB_PAD = 64
 """Embedding rows are padded to a multiple of this, so that matmuls and shards stay even."""
@@ -222,6 +223,17 @@ class OptimizerConfig:
     """Smear and backout."""
     eps: float = 1e-10
     """AdamW's epsilon."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "OptimizerConfig":
+        """What `asdict` made, as a checkpoint holds it."""
+        groups = {n: AdamGroup(**v) for n, v in values.items() if isinstance(v, Mapping)}
+        return cls(**{**values, **groups})
+
+    def scaled(self, factor: float) -> "OptimizerConfig":
+        """The same with every learning rate multiplied."""
+        groups = {n: replace(g, lr=factor * g.lr) for n, g in self.adam_groups.items()}
+        return replace(self, matrix_lr=factor * self.matrix_lr, **groups)
 
     @property
     def adam_groups(self) -> Mapping[str, AdamGroup]:

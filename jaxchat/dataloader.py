@@ -52,7 +52,11 @@ class Batch(NamedTuple):
     inputs: np.ndarray
     """(B, T) int32."""
     targets: np.ndarray
-    """(B, T) int32."""
+    """(B, T) int32; negative where nothing is to be learned."""
+    weights: np.ndarray | None = None
+    """(B, T) float32, how much each target counts; None where all count alike."""
+    figures: Mapping[str, float] = {}
+    """What the loader measured on the way, by metric name."""
 
 
 class Address(NamedTuple):

@@ -13,6 +13,9 @@ from typing import Protocol
 
 from jaxchat.artifacts import atomic_write
 
+METRICS = "metrics.jsonl"
+"""The record of a run, in the folder of its checkpoints."""
+
 
 class Sink(Protocol):
     """A place that takes scalars by step."""
@@ -69,6 +72,21 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def open_tracker(
+    directory: Path, *, run: str | None, tensorboard: bool, config: Mapping, resume_step: int
+) -> Tracker:
+    """The tracker of a run that keeps its files in `directory`.
+
+    `run` names it at Weights & Biases; `WANDB_RUN` does when that is None.
+    """
+    guests = open_guests(
+        wandb_run=run or os.environ.get("WANDB_RUN"),
+        tensorboard=directory / "tensorboard" if tensorboard else None,
+        config=config,
+    )
+    return Tracker(directory / METRICS, guests, resume_step=resume_step)
 
 
 def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapping) -> list[Sink]:

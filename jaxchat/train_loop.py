@@ -17,9 +17,13 @@ import numpy as np
 
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore
+from jaxchat.dataloader import Batch
 from jaxchat.progress import TrainingProgress, format_duration
 from jaxchat.schedule import StepSchedule
 from jaxchat.tracker import Tracker
+
+SHOWN_FIGURES = ("train/reward",)
+"""Figures of a loader that the progress line shows; the metrics file has all of them."""
 
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
@@ -31,7 +35,7 @@ class Loader(Protocol):
     @property
     def epoch(self) -> int: ...
 
-    def __next__(self) -> Any: ...
+    def __next__(self) -> Batch: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -106,7 +110,7 @@ def run_loop(
                 return LoopResult(step, clock.seconds, interrupted=True)
             if _due(step, config.eval_every, last) or step == 0:
                 reader.flush(progress)
-                reader.bpb = _evaluate(stage, step, progress).get("val/bpb")
+                reader.validation = _evaluate(stage, step, progress)
             if stage.sample is not None and step and _due(step, config.sample_every, last):
                 reader.flush(progress)
                 progress.say(stage.sample())
@@ -165,8 +169,8 @@ class _MetricsReader:
         self._stage, self._config, self._clock = stage, config, clock
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._smooth_loss, self._bias = 0.0, 1.0
-        self.bpb: float | None = None
-        """The latest validation bits per byte, for the progress line."""
+        self.validation: Mapping[str, float] = {}
+        """The latest validation figures, for the progress line."""
 
     def step(self, step: int, progress: TrainingProgress) -> None:
         """Dispatch optimizer step `step` (from 0), then log the one before it."""
@@ -176,11 +180,13 @@ class _MetricsReader:
         cut = (self._config.micro_batches, -1, batch.inputs.shape[1])
         schedule = stage.schedule(step)
         inputs, targets = batch.inputs.reshape(cut), batch.targets.reshape(cut)
-        metrics = stage.backend.train_step(inputs, targets, schedule)
+        weights = None if batch.weights is None else batch.weights.reshape(cut)
+        metrics = stage.backend.train_step(inputs, targets, schedule, weights)
         facts = {
             "train/lr_multiplier": schedule.lr_multiplier,
-            "train/tokens": float((step + 1) * inputs.size),
+            "train/batch_tokens": float(inputs.size),
             "train/epoch": float(stage.loader.epoch),
+            **batch.figures,
         }
         self._log_pending(progress)
         self._pending = (step + 1, metrics, facts)
@@ -196,16 +202,16 @@ class _MetricsReader:
         step, metrics, facts = self._pending
         self._pending = None
         scalars = {f"train/{name}": float(np.asarray(value)) for name, value in metrics.items()}
-        seconds = self._clock.lap()
-        tokens = facts["train/tokens"] / step
-        scalars |= facts | {"train/tokens_per_second": tokens / seconds}
+        speed = facts["train/batch_tokens"] / self._clock.lap()
+        scalars |= facts | {"train/tokens_per_second": speed}
         peak = self._stage.backend.devices.peak_flops
         if peak is not None:
-            scalars["train/mfu"] = tokens / seconds * self._config.flops_per_token / peak
+            scalars["train/mfu"] = speed * self._config.flops_per_token / peak
         self._stage.tracker.log(step, scalars)
-        progress.update(step, self._figures(scalars))
+        shown = {name: facts[name] for name in facts if name in SHOWN_FIGURES}
+        progress.update(step, self._figures(scalars, shown))
 
-    def _figures(self, scalars: Mapping[str, float]) -> dict[str, str]:
+    def _figures(self, scalars: Mapping[str, float], extra: Mapping[str, float]) -> dict[str, str]:
         """What the progress line shows; the loss is a debiased moving average."""
         self._smooth_loss = 0.9 * self._smooth_loss + 0.1 * scalars["train/loss"]
         self._bias *= 0.9
@@ -215,8 +221,8 @@ class _MetricsReader:
             "tok/s": f"{scalars['train/tokens_per_second']:,.0f}",
             "epoch": f"{scalars['train/epoch']:.0f}",
         }
-        if self.bpb is not None:
-            figures["val bpb"] = f"{self.bpb:.4f}"
+        for name, value in {**extra, **self.validation}.items():
+            figures[name.replace("/", " ").removeprefix("train ")] = f"{value:.4f}"
         if "train/mfu" in scalars:
             figures["MFU"] = f"{100 * scalars['train/mfu']:.1f}%"
         return figures

@@ -8,7 +8,6 @@ The same command continues a run that was stopped or killed, and gives what the 
 would have given, bit for bit.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore, fresh_start, stage_directory
 from jaxchat.config import (
     ASPECT_RATIO,
     HEAD_DIM,
@@ -39,7 +38,7 @@ from jaxchat.report import Report
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.tracker import Tracker, open_guests, read_metrics
+from jaxchat.tracker import METRICS, open_tracker, read_metrics
 from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
 from jaxchat.training_report import training_parts
 
@@ -152,9 +151,15 @@ def main(config: Config) -> None:
     backend.init(config.seed)
     backend.start_training(optimizer, plan)
     restored = store.restore(backend, facts) if config.resume == "auto" else None
-    start = restored or {"step": 0, "train_seconds": 0.0, "loader": None}
+    start = restored or fresh_start()
     describe(config, backend, plan, loop, start["step"])
-    tracker = open_tracker(config, store, start["step"])
+    tracker = open_tracker(
+        store.directory,
+        run=config.run,
+        tensorboard=config.tensorboard,
+        config=asdict(config),
+        resume_step=start["step"],
+    )
     with train_loader(config, corpus, tokenizer, plan, start["loader"]) as loader:
         stage = Stage(
             backend=backend,
@@ -162,7 +167,7 @@ def main(config: Config) -> None:
             schedule=lambda step: schedule_at(step, schedule, plan),
             store=store,
             tracker=tracker,
-            meta=facts | {"config": asdict(config)},
+            meta=facts | {"run": start["run"], "config": asdict(config)},
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
             sample=lambda: show(sample(backend, tokenizer)),
         )
@@ -258,15 +263,6 @@ def describe(
         runtime.print0(f"continuing {config.tag} at step {start_step}")
 
 
-def open_tracker(config: Config, store: CheckpointStore, start_step: int) -> Tracker:
-    guests = open_guests(
-        wandb_run=config.run or os.environ.get("WANDB_RUN"),
-        tensorboard=store.directory / "tensorboard" if config.tensorboard else None,
-        config=asdict(config),
-    )
-    return Tracker(store.directory / "metrics.jsonl", guests, resume_step=start_step)
-
-
 def train_loader(
     config: Config,
     corpus: Corpus,
@@ -322,7 +318,7 @@ def report(
     wall_seconds: float,
 ) -> None:
     """Add the section: what was trained, the curves, and what the model writes."""
-    rows = read_metrics(store.directory / "metrics.jsonl")
+    rows = read_metrics(store.directory / METRICS)
     settings = asdict(config) | {"hardware": backend.devices.description}
     derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
     parts, figures = training_parts(
