@@ -50,8 +50,9 @@ class Config:
     """Model of that stage, such as d12; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Checkpoint of that model; the newest when not set."""
-    temperature: Annotated[float, cli.arg(aliases=["-t"])] = 0.6
-    """How freely to choose: 0 always takes the most likely token."""
+    temperature: Annotated[float | None, cli.arg(aliases=["-t"])] = None
+    """How freely to choose: 0 always takes the most likely token. When not set 0.6, and 0.8 for a
+    base model, which at lower temperatures repeats itself."""
     top_k: Annotated[int, cli.arg(aliases=["-k"])] = 50
     """How many tokens to choose from: 0 for all."""
     max_tokens: int = 256
@@ -66,9 +67,10 @@ class Config:
 
     def sampling(self) -> SamplingParams:
         """ValueError, naming it, for a value out of range."""
+        default = 0.8 if self.source == "base" else 0.6
         return SamplingParams(
             max_tokens=self.max_tokens,
-            temperature=self.temperature,
+            temperature=default if self.temperature is None else self.temperature,
             top_k=self.top_k,
             seed=self.seed,
         )
