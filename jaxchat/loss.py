@@ -13,8 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_TOKENS = 2048
-"""Tokens whose logits exist at the same time (2048 x 32768 float32 is 256 MiB)."""
+LOGITS_BYTES = {"cpu": 2**22}
+"""Size of the float32 logits that exist at the same time, by platform: on a CPU they stay in its
+cache (512 tokens of 8192 take 1.4 times as long a token as 128)."""
+
+LOGITS_BYTES_ELSEWHERE = 2**28
+"""Accelerators want large products: 2048 tokens of 32768."""
+
+LEAST_CHUNK_TOKENS = 128
+"""Below this the products themselves become slow."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -38,7 +45,7 @@ def cross_entropy(
         logits, _ = _capped_logits(h, lm_head.astype(h.dtype), vocab_size, softcap)
         return total + jnp.sum(w * _nll(logits, y)), None
 
-    chunks = _chunks(hidden, targets, weights)
+    chunks = _chunks(len(lm_head), hidden, targets, weights)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
 
 
@@ -64,7 +71,9 @@ def _forward(
         return (total + jnp.sum(w * nll), d_matrix + d_chunk), d_hidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32))
-    (total, d_matrix), d_hidden = jax.lax.scan(add, start, _chunks(hidden, targets, weights))
+    (total, d_matrix), d_hidden = jax.lax.scan(
+        add, start, _chunks(len(lm_head), hidden, targets, weights)
+    )
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
     return total, (d_hidden, d_matrix)
 
@@ -94,7 +103,7 @@ def token_scores(
         logits, _ = _capped_logits(h, matrix, vocab_size, softcap)
         return jnp.where(y < 0, 0.0, _nll(logits, y)), jnp.argmax(logits, axis=-1)
 
-    nll, greedy = jax.lax.map(score, _chunks(hidden, targets))
+    nll, greedy = jax.lax.map(score, _chunks(len(lm_head), hidden, targets))
     restore = lambda x: jnp.moveaxis(x, 0, 1).reshape(targets.shape)  # noqa: E731
     return restore(nll), restore(greedy).astype(jnp.int32)
 
@@ -116,10 +125,12 @@ def _nll(logits: Float[Array, "B t P"], targets: Int[Array, "B t"]) -> Float[Arr
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _chunks(*arrays: Array) -> Any:
-    """Cut (B, T, ...) into (N, B, T/N, ...) with about `CHUNK_TOKENS` tokens in each."""
+def _chunks(vocab: int, *arrays: Array) -> Any:
+    """Cut (B, T, ...) into (N, B, T/N, ...), so that the logits of a part have the right size."""
     rows, length = arrays[0].shape[:2]
-    count = min(length, max(1, -(-rows * length // CHUNK_TOKENS)))
+    most_bytes = LOGITS_BYTES.get(jax.default_backend(), LOGITS_BYTES_ELSEWHERE)
+    tokens = max(LEAST_CHUNK_TOKENS, most_bytes // (4 * vocab))
+    count = min(length, max(1, -(-rows * length // tokens)))
     while length % count:
         count += 1
     cut = (rows, count, length // count)

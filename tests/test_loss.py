@@ -18,7 +18,8 @@ def plain(hidden, lm_head, targets, weights, vocab_size, softcap):
 @pytest.fixture(params=[64, 100], ids=["whole vocabulary", "padded vocabulary"])
 def problem(request, monkeypatch):
     """Several uneven chunks: 3 rows of 20 tokens, at most 16 at a time."""
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 0})
+    monkeypatch.setattr(loss, "LEAST_CHUNK_TOKENS", 16)
     keys = jax.random.split(jax.random.key(0), 4)
     rows = -(-request.param // 64) * 64
     hidden = jax.random.normal(keys[0], (3, 20, 8))
