@@ -54,6 +54,15 @@ class Scores(NamedTuple):
     """(B, T) int32: the most likely next token at each position."""
 
 
+class Snapshot(NamedTuple):
+    """The arrays of a checkpoint without their framework: any backend continues from them."""
+
+    params: dict[str, np.ndarray]
+    """As `Backend.get_params` gives them."""
+    optimizer: dict[str, np.ndarray] | None
+    """As `Backend.get_optimizer_state` gives it; None when it was not asked for."""
+
+
 @dataclass(frozen=True)
 class DecodeBatch:
     """One dispatch of decoding: every array has one entry per cache row."""
@@ -124,6 +133,15 @@ class Backend(Protocol):
         """Block until saves are on disk and raise what went wrong in them."""
         ...
 
+    @classmethod
+    def read(cls, directory: Path, *, optimizer: bool) -> Snapshot:
+        """Read what `save` wrote as numpy arrays, for another backend to continue from.
+
+        Needs no model and no device of this framework. FileNotFoundError or ValueError where a
+        file is missing or damaged.
+        """
+        ...
+
     # --- training ------------------------------------------------------------------------------
 
     def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
@@ -144,6 +162,19 @@ class Backend(Protocol):
         Returns scalars (`loss` in nats per counted target, `grad_norm`) that may still be on their
         way: converting one to float waits for it.
         """
+        ...
+
+    def get_optimizer_state(self) -> dict[str, np.ndarray]:
+        """The whole state, the same on every backend, once training has started.
+
+        `muon.momentum.<out>x<in>` and `muon.second_moment.<out>x<in>` stack the matrices of one
+        shape, layer 2 before layer 10; `adam.mu.<weight>` and `adam.nu.<weight>` are shaped as
+        their weight; `adam.count.<group>` is the number of updates made.
+        """
+        ...
+
+    def set_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from this state. ValueError lists missing, extra and misshapen names."""
         ...
 
     # --- evaluation ----------------------------------------------------------------------------

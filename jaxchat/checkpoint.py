@@ -3,7 +3,8 @@
 The backend writes the arrays, this module decides names and makes a checkpoint appear whole or not
 at all: everything goes to a `.tmp` folder, which is renamed when the last byte is down. A folder
 under its final name is therefore complete. `meta.json` holds what the arrays do not: configuration,
-loader state, metrics, the tokenizer's fingerprint.
+loader state, metrics, the tokenizer's fingerprint, and which backend wrote the arrays: another one
+continues from them through numpy. Of several processes the first makes and renames folders.
 """
 
 import json
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxchat import runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import Backend, backend_class
 from jaxchat.config import GPTConfig
@@ -91,11 +93,11 @@ class CheckpointStore:
             try:
                 meta = self.read_meta(step)
                 self._check_same_run(meta, {"model": asdict(backend.config), **facts}, step)
-                backend.load(self.path(step))
-            except _Mismatch:
+                load_arrays(backend, self.path(step), meta, training=True)
+            except (_Mismatch, ImportError):
                 raise
             except Exception as error:  # whatever a damaged file makes the readers raise
-                print(f"warning: skipping {self.path(step)}, it cannot be read: {error}")
+                runtime.print0(f"warning: skipping {self.path(step)}, it cannot be read: {error}")
                 continue
             return meta
         return None
@@ -121,10 +123,11 @@ class CheckpointStore:
         self.finish()
         target = self.path(step)
         staging = target.with_suffix(".tmp")
-        self._make_room(staging)
+        if runtime.is_first_process():
+            self._make_room(staging)
+            record = {"step": step, "backend": backend.name, "model": asdict(backend.config)}
+            (staging / META).write_text(json.dumps(record | dict(meta), indent=1))
         backend.save(staging)
-        record = {"step": step, "backend": backend.name, "model": asdict(backend.config), **meta}
-        (staging / META).write_text(json.dumps(record, indent=1))
         self._commit = threading.Thread(target=self._publish, args=(backend, staging, target))
         self._commit.start()
 
@@ -140,6 +143,8 @@ class CheckpointStore:
     def _publish(self, backend: Backend, staging: Path, target: Path) -> None:
         try:
             backend.wait()
+            if not runtime.is_first_process():
+                return
             if target.exists():
                 shutil.rmtree(target)
             staging.rename(target)
@@ -217,8 +222,19 @@ def load_model(
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(meta, tokenizer, store.path(step))
     model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype)
-    model.load(store.path(step))
+    load_arrays(model, store.path(step), meta, training=False)
     return LoadedModel(model, tokenizer, meta, tag, store.path(step))
+
+
+def load_arrays(backend: Backend, path: Path, meta: Mapping[str, Any], *, training: bool) -> None:
+    """Load a checkpoint's weights, and its optimizer state when training, whoever wrote it."""
+    if meta["backend"] == backend.name:
+        backend.load(path)
+        return
+    snapshot = backend_class(meta["backend"]).read(path, optimizer=training)
+    backend.set_params(snapshot.params)
+    if snapshot.optimizer is not None:
+        backend.set_optimizer_state(snapshot.optimizer)
 
 
 def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:

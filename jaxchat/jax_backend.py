@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxchat import decoding, devices, kv_cache, optim, sharding
-from jaxchat.backend import DecodeBatch, DecodeResult, Scores
+from jaxchat import decoding, devices, kv_cache, optim, optimizer_state, sharding
+from jaxchat.backend import DecodeBatch, DecodeResult, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.gpt import GPT
@@ -88,13 +88,27 @@ class JaxBackend:
             for name, x in self._shapes.items()
         }
         self._params = self._writers["params"].restore(directory / "params", like)
-        if self._opt_state is not None:
+        if self._opt_state is None:
+            return
+        if optimizer_state.is_shaped_as(directory / "optimizer", self._opt_state):
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._opt_state)
             self._opt_state = self._writers["optimizer"].restore(directory / "optimizer", like)
+        else:  # written on another number of devices
+            state = optimizer_state.read_numpy(directory / "optimizer")
+            self.set_optimizer_state(optimizer_state.flatten(state, self.params))
 
     def wait(self) -> None:
         for writer in self._writers.values():
             writer.wait_until_finished()
+
+    @classmethod
+    def read(cls, directory: Path, *, optimizer: bool) -> Snapshot:
+        directory = directory.absolute()
+        params = optimizer_state.read_numpy(directory / "params")
+        if not optimizer:
+            return Snapshot(params, None)
+        state = optimizer_state.read_numpy(directory / "optimizer")
+        return Snapshot(params, optimizer_state.flatten(state, params))
 
     # --- training ------------------------------------------------------------------------------
 
@@ -136,6 +150,15 @@ class JaxBackend:
         (self._params, self._opt_state), metrics = self._train_step(state, batch, moving)
         assert isinstance(metrics, StepMetrics)
         return metrics._asdict()
+
+    def get_optimizer_state(self) -> dict[str, np.ndarray]:
+        assert self._opt_state is not None, "call start_training before get_optimizer_state"
+        return optimizer_state.flatten(self._opt_state, self.params)
+
+    def set_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        assert self._opt_state is not None, "call start_training before set_optimizer_state"
+        check_params(state, optimizer_state.shapes(self._opt_state, self.params))
+        self._opt_state = optimizer_state.fill(self._opt_state, state)
 
     # --- evaluation ----------------------------------------------------------------------------
 

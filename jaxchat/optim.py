@@ -48,6 +48,12 @@ def param_label(name: str) -> str:
     return name.split(".")[0]
 
 
+def matrices_by_shape(params: Weights) -> dict[str, list[str]]:
+    """Muon's stacks: `"256x1024"` and the names of its matrices in order."""
+    matrices = {name: x for name, x in params.items() if param_label(name) == "matrices"}
+    return _names_by_shape(matrices)
+
+
 def make_optimizer(
     config: GPTConfig,
     optimizer: OptimizerConfig,

@@ -7,8 +7,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jaxchat import runtime
+
 LOG_LINES = 100
 """Lines a whole run prints when its output is not a terminal."""
+
+
+def make_console() -> Console:
+    """Where a script shows results: plain text as it is, silent on all but the first process."""
+    return Console(highlight=False, markup=False, quiet=not runtime.is_first_process())
 
 
 class TrainingProgress:
@@ -16,7 +23,7 @@ class TrainingProgress:
 
     def __init__(self, num_steps: int, start_step: int) -> None:
         self.num_steps, self.start_step = num_steps, start_step
-        self._console = Console()
+        self._console = make_console()
         self._every = max(1, num_steps // LOG_LINES)
         self._started = time.monotonic()
         self._bar = Progress(
@@ -43,11 +50,11 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step, description=text)
         due = step % self._every == 0 or step in (self.start_step + 1, self.num_steps)
         if due and not self._console.is_terminal:
-            print(f"step {step}/{self.num_steps} | {text}", flush=True)
+            runtime.print0(f"step {step}/{self.num_steps} | {text}")
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(message)
 
     def _remaining(self, step: int) -> str:
         done = step - self.start_step

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from jaxchat import artifacts
+from jaxchat import artifacts, runtime
 
 STAGES = (
     "data_download",
@@ -163,11 +163,14 @@ class Report:
         """Store the section of `stage`, replacing an earlier one, with the machine it ran on.
 
         `wall_seconds` is the stage's duration; `figures` are its main results by name, such as
-        {"CORE": 0.21}, for the summary. Call it from one process only. Raises ValueError for a
-        stage name that is not lower-case letters, digits and underscores (it becomes a file name).
+        {"CORE": 0.21}, for the summary. Of several processes only the first writes. Raises
+        ValueError for a stage name that is not lower-case letters, digits and underscores (it
+        becomes a file name).
         """
         if not re.fullmatch(r"[a-z0-9_]+", stage):
             raise ValueError(f"stage {stage!r} must be lower-case letters, digits and underscores")
+        if not runtime.is_first_process():
+            return
         section = Section(
             stage=stage,
             title=title,

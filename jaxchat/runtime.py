@@ -61,7 +61,12 @@ def process_index() -> int:
     return int(os.environ.get("JAXCHAT_PROCESS_INDEX", os.environ.get("RANK", "0")))
 
 
+def is_first_process() -> bool:
+    """Whether this process writes what a run writes once: checkpoints, metrics, report, prints."""
+    return process_index() == 0
+
+
 def print0(*words: object) -> None:
     """Print on the first process only, at once."""
-    if process_index() == 0:
+    if is_first_process():
         print(*words, flush=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from jaxchat import runtime
 from jaxchat.artifacts import atomic_write
 
 METRICS = "metrics.jsonl"
@@ -26,17 +27,20 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Append scalars to `path` and to every guest sink."""
+    """Append scalars to `path` and to every guest sink; on the first process only."""
 
     def __init__(
         self, path: Path, guests: list[Sink] | None = None, *, resume_step: int = 0
     ) -> None:
+        self._guests = list(guests or [])
+        if not runtime.is_first_process():
+            self._file = open(os.devnull, "a")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if _precedes(row, resume_step)]
         with atomic_write(path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
         self._file = open(path, "a", buffering=1)
-        self._guests = list(guests or [])
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars of optimizer step `step` (steps done so far)."""
@@ -95,6 +99,8 @@ def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapp
     `wandb_run` None or "dummy" means none, as upstream's `WANDB_RUN` does.
     """
     guests: list[Sink] = []
+    if not runtime.is_first_process():
+        return guests
     wanted: list[Callable[[], Sink]] = []
     if wandb_run and wandb_run != "dummy":
         wanted.append(lambda: _Wandb(wandb_run, config))

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as ScreenTable
 
-from jaxchat import cli
+from jaxchat import cli, runtime
 from jaxchat.artifacts import atomic_write, base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import LoadedModel, load_model
@@ -26,6 +25,7 @@ from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
 from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
 from jaxchat.embedded_tasks import NOTE, embedded_tasks
+from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     name = "CORE" if is_core else f"mean centred accuracy ({NOTE})"
     published = load_published(bundle) if is_core else {}
     table = tabulate(results, published)
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     console.print(on_screen(table))
     console.print(f"{name}: {metric:.4f}")
     write_csv(base_dir() / "report" / f"{config.source}_eval.csv", results, metric)
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
 def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[TaskResult]:
     """Every task in turn, with a bar for each."""
     results = []
-    with Progress() as progress:
+    with Progress(console=make_console()) as progress:
         for task in tasks:
             bar = progress.add_task(task.label, total=1.0)
             result = evaluate_task(
@@ -141,6 +141,8 @@ def load_published(bundle: Path) -> dict[str, dict[str, float]]:
 
 def write_csv(path: Path, results: Sequence[TaskResult], metric: float) -> None:
     """Task, accuracy, centred accuracy, and the mean as the last row."""
+    if not runtime.is_first_process():
+        return
     with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["Task", "Accuracy", "Centered"])

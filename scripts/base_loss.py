@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Annotated
 
-from rich.console import Console
 from rich.progress import track
 
 from jaxchat import cli
@@ -20,6 +19,7 @@ from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte
+from jaxchat.progress import make_console
 from jaxchat.report import Report, Samples, Table
 from jaxchat.request import Request
 
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     scores = {split: score(config, model, corpus, split) for split in ("train", "val")}
     greedy = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.0))
     drawn = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.8, top_k=50))
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     for prompt, text in greedy:
         console.print(f"{prompt!r} -> {text!r}")
     for split, value in scores.items():
@@ -95,7 +95,8 @@ def score(config: Config, model: LoadedModel, corpus: Corpus, split: str) -> flo
     with PackedLoader(
         corpus, model.tokenizer, split=split, rows_per_batch=rows, sequence_len=length
     ) as loader:
-        taken = (next(loader) for _ in track(range(batches), description=f"scoring {split}"))
+        bar = track(range(batches), description=f"scoring {split}", console=make_console())
+        taken = (next(loader) for _ in bar)
         return bits_per_byte(model.backend, taken, model.tokenizer.token_bytes)
 
 

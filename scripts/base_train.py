@@ -318,12 +318,13 @@ def report(
     wall_seconds: float,
 ) -> None:
     """Add the section: what was trained, the curves, and what the model writes."""
+    samples = sample(backend, tokenizer)  # every process takes part in this
+    if not runtime.is_first_process():
+        return
     rows = read_metrics(store.directory / METRICS)
     settings = asdict(config) | {"hardware": backend.devices.description}
     derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
-    parts, figures = training_parts(
-        rows, settings, derived, sample(backend, tokenizer), result.train_seconds
-    )
+    parts, figures = training_parts(rows, settings, derived, samples, result.train_seconds)
     Report(base_dir()).add(
         "base_train", "Pretraining", parts, wall_seconds=wall_seconds, figures=figures
     )

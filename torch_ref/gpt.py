@@ -57,6 +57,21 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
         return F.linear(x, self.weight.to(x.dtype))
 
+    def wide(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """The same product, not rounded to the dtype of x: a float32 result."""
+        return wide_product(x, self.weight.to(x.dtype))
+
+
+def wide_product(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*B O"]:
+    """x W^T in float32; half-precision factors are read as they are where CUDA can, else widened.
+
+    A product of two halves is exact in float32, so both ways differ in the order of sums only.
+    """
+    if x.dtype != torch.float32 and x.is_cuda:
+        rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32)
+        return rows.reshape(*x.shape[:-1], len(weight))
+    return F.linear(x.float(), weight.float())
+
 
 class Embedding(nn.Module):
     """A table of rows, looked up by token id."""
@@ -235,7 +250,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
         """Soft-capped float32 logits of hidden states, the padded vocabulary cropped."""
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        logits = self.lm_head.wide(hidden)[..., : self.config.vocab_size]
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:

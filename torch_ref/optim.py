@@ -153,7 +153,7 @@ class AdamW:
         return {**moments, f"adam.count.{self.label}": ()}
 
     def state(self) -> OptimizerState:
-        state = {f"adam.count.{self.label}": torch.tensor(self.count)}
+        state = {f"adam.count.{self.label}": torch.tensor(self.count, dtype=torch.int32)}
         for name, param in self.params.items():
             for key, part in (("mu", self.mu[name]), ("nu", self.nu[name])):
                 whole = self.ranks.gather(part) if self.ranks.divides(param) else part

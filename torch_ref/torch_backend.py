@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jaxchat.backend import DecodeBatch, DecodeResult, Scores
+from jaxchat.backend import DecodeBatch, DecodeResult, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.schedule import StepSchedule
@@ -31,6 +31,10 @@ SCORE_TOKENS = {"cuda": 65536}
 
 SCORE_TOKENS_ELSEWHERE = 8192
 """On other devices: an 8 GB Mac holds the activations of this many."""
+
+LOSS_SCALE = "loss_scale"
+"""What float16 training keeps beside the optimizer state. It does not travel to other backends,
+which have none: a run that comes back finds its scale anew."""
 
 
 class TorchBackend:
@@ -81,20 +85,28 @@ class TorchBackend:
 
     def load(self, directory: Path) -> None:
         params = weights.load_file(directory / weights.PARAMS)
-        if self._optimizer is not None:
-            state = weights.load_file(directory / weights.OPTIMIZER)
-            scale = state.pop("loss_scale", None)
-            check_params(state, self._optimizer.shapes())
-            weights.set_params(self._model, params)
-            self._optimizer.load({name: torch.from_numpy(x) for name, x in state.items()})
-            if self._loss_scale is not None and scale is not None:
-                self._loss_scale = LossScale(float(scale))
-        else:
-            weights.set_params(self._model, params)
-        self._weights_changed()
+        if self._optimizer is None:
+            self.set_params(params)
+            return
+        state = weights.load_file(directory / weights.OPTIMIZER)
+        scale = state.pop(LOSS_SCALE, None)
+        check_params(state, self._optimizer.shapes())
+        self.set_params(params)
+        self.set_optimizer_state(state)
+        if self._loss_scale is not None and scale is not None:
+            self._loss_scale = LossScale(float(scale))
 
     def wait(self) -> None:
         """`save` returns when the bytes are on disk."""
+
+    @classmethod
+    def read(cls, directory: Path, *, optimizer: bool) -> Snapshot:
+        params = weights.load_file(directory / weights.PARAMS)
+        if not optimizer:
+            return Snapshot(params, None)
+        state = weights.load_file(directory / weights.OPTIMIZER)
+        state.pop(LOSS_SCALE, None)
+        return Snapshot(params, state)
 
     def _weights_changed(self) -> None:
         self._has_weights, self._cast_model = True, None
@@ -102,7 +114,7 @@ class TorchBackend:
     def _scale_state(self) -> dict[str, Tensor]:
         if self._loss_scale is None:
             return {}
-        return {"loss_scale": torch.tensor(self._loss_scale.value)}
+        return {LOSS_SCALE: torch.tensor(self._loss_scale.value)}
 
     # --- training ------------------------------------------------------------------------------
 
@@ -147,6 +159,15 @@ class TorchBackend:
             self._optimizer.step(grads, schedule)
             self._weights_changed()
         return {"loss": loss, "grad_norm": norm}
+
+    def get_optimizer_state(self) -> dict[str, np.ndarray]:
+        assert self._optimizer is not None, "call start_training before get_optimizer_state"
+        return {name: x.numpy() for name, x in self._optimizer.state().items()}
+
+    def set_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        assert self._optimizer is not None, "call start_training before set_optimizer_state"
+        check_params(state, self._optimizer.shapes())
+        self._optimizer.load({name: torch.from_numpy(np.array(x)) for name, x in state.items()})
 
     # --- evaluation ----------------------------------------------------------------------------
 
