@@ -227,13 +227,18 @@ class OptimizerConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "OptimizerConfig":
         """What `asdict` made, as a checkpoint holds it."""
-        groups = {n: AdamGroup(**v) for n, v in values.items() if isinstance(v, Mapping)}
-        return cls(**{**values, **groups})
+        restored: dict[str, Any] = {
+            name: AdamGroup(**value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }
+        return cls(**restored)
 
     def scaled(self, factor: float) -> "OptimizerConfig":
         """The same with every learning rate multiplied."""
-        groups = {n: replace(g, lr=factor * g.lr) for n, g in self.adam_groups.items()}
-        return replace(self, matrix_lr=factor * self.matrix_lr, **groups)
+        rates: dict[str, Any] = {
+            name: replace(group, lr=factor * group.lr) for name, group in self.adam_groups.items()
+        }
+        return replace(self, matrix_lr=factor * self.matrix_lr, **rates)
 
     @property
     def adam_groups(self) -> Mapping[str, AdamGroup]:

@@ -54,7 +54,7 @@ class TrainingProgress:
 
     def say(self, message: str) -> None:
         """A line above the bar."""
-        self._console.print(message)
+        self._console.print(message, soft_wrap=True)
 
     def _remaining(self, step: int) -> str:
         done = step - self.start_step

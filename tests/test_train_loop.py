@@ -1,0 +1,114 @@
+"""The order in which the loop saves, evaluates and samples, and how it ends.
+
+The backend only keeps a diary: that real ones resume exactly is tests/test_resume.py's subject.
+"""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from jaxchat.backend import DeviceInfo
+from jaxchat.dataloader import Batch
+from jaxchat.schedule import StepSchedule
+from jaxchat.tracker import METRICS, Tracker, read_metrics
+from jaxchat.train_loop import LoopConfig, Stage, run_loop
+
+
+class Diary:
+    """Backend, loader and checkpoint store at once: writes down what it is asked to do."""
+
+    devices = DeviceInfo("cpu", 1, "a diary", 1e9)
+    epoch = 0
+
+    def __init__(self):
+        self.entries, self.weights, self.on_step = [], [], None
+
+    def __next__(self):
+        rows = np.zeros((4, 8), np.int32)
+        return Batch(rows, rows, np.ones((4, 8), np.float32), {"train/reward": 0.25})
+
+    def state(self):
+        return {"read": self.entries.count("train")}
+
+    def train_step(self, inputs, targets, schedule, weights):
+        assert inputs.shape == targets.shape == weights.shape == (2, 2, 8)
+        self.entries.append("train")
+        if self.on_step is not None:
+            self.on_step(self.entries.count("train"))
+        return {"loss": np.float32(2.0), "grad_norm": np.float32(1.0)}
+
+    def save(self, step, backend, meta):
+        self.entries.append(f"save {step} after {meta['loader']['read']}")
+
+    def finish(self):
+        self.entries.append("finish")
+
+
+@pytest.fixture
+def diary(tmp_path):
+    diary = Diary()
+
+    def run(**config):
+        def evaluate():
+            diary.entries.append("evaluate")
+            return {"val/bpb": 1.5}
+
+        def sample():
+            diary.entries.append("sample")
+            return "a sample"
+
+        tracker = Tracker(tmp_path / METRICS)
+        stage = Stage(
+            backend=diary,
+            loader=diary,
+            schedule=lambda step: StepSchedule(1.0, 0.9, 0.0),
+            store=diary,
+            tracker=tracker,
+            meta={},
+            evaluate=evaluate,
+            sample=sample,
+        )
+        loop = LoopConfig(micro_batches=2, flops_per_token=1000.0, **config)
+        result = run_loop(stage, loop)
+        tracker.close()
+        return result, read_metrics(tmp_path / METRICS)
+
+    diary.run = run
+    return diary
+
+
+def test_a_checkpoint_comes_before_anything_else_of_its_step(diary):
+    result, _ = diary.run(num_iterations=4, eval_every=2, save_every=2, sample_every=2)
+    assert diary.entries == [
+        *("evaluate", "train", "train"),
+        *("save 2 after 2", "evaluate", "sample", "train", "train"),
+        *("save 4 after 4", "evaluate", "sample", "finish"),
+    ]
+    assert (result.step, result.interrupted) == (4, False)
+
+
+def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
+    _, rows = diary.run(num_iterations=3)
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        assert row["train/reward"] == 0.25
+        assert row["train/batch_tokens"] == 32
+        speed = row["train/tokens_per_second"]
+        assert row["train/mfu"] == pytest.approx(speed * 1000.0 / 1e9)
+    assert [row["step"] for row in rows if "val/bpb" in row] == [0, 3]
+    assert "reward 0.2500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_loop_after_its_step_is_saved(diary, name, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    diary.on_step = lambda count: count == 2 and os.kill(os.getpid(), getattr(signal, name))
+    result, rows = diary.run(num_iterations=100)
+    assert (result.step, result.interrupted) == (2, True)
+    assert diary.entries[-2:] == ["save 2 after 2", "finish"]
+    assert rows[-1]["step"] == 2
+    assert f"stopped by {name}; step 2 is saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
