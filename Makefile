@@ -19,7 +19,7 @@ check: setup
 	uv run --no-sync lint-imports
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
-	cargo clippy --all-targets --features python -- -D warnings
+	cargo clippy --features python -- -D warnings -D clippy::unwrap_used -D clippy::expect_used
 
 # The fast tests, Python and Rust.
 test: setup

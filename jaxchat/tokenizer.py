@@ -20,7 +20,7 @@ import codecs
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -82,9 +82,17 @@ class Tokenizer:
         self._special_ids = {n: len(tokens) + i for i, n in enumerate(SPECIAL_NAMES)}
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, pattern: str = SPLIT_PATTERN) -> Self:
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int,
+        pattern: str = SPLIT_PATTERN,
+        progress: Callable[[str, int, int | None], object] | None = None,
+    ) -> Self:
         """Learn `vocab_size` tokens (specials included) from `texts`.
 
+        `progress(stage, done, total)` is called now and then: "counting" texts, "merging" pairs.
         A corpus that is too small yields fewer: compare the result's `vocab_size`. Raises
         ValueError for a vocabulary without room for bytes and specials, and for an empty corpus.
         """
@@ -95,7 +103,9 @@ class Tokenizer:
             )
         trainer = rustbpe.Tokenizer()
         well_formed = (_well_formed(text) for text in texts)
-        trainer.train_from_iterator(well_formed, vocab_size - len(SPECIAL_NAMES), pattern=pattern)
+        trainer.train_from_iterator(
+            well_formed, vocab_size - len(SPECIAL_NAMES), pattern=pattern, progress=progress
+        )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         if len(ranks) == 256 and vocab_size > MIN_VOCAB_SIZE:
             raise ValueError(
@@ -160,9 +170,8 @@ class Tokenizer:
         return self._encoder.encode(_well_formed(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of every text in one call, without the GIL: a uint32 (T,) array each."""
-        encoded = self._encoder.batch_encode([_well_formed(text) for text in texts])
-        return [np.asarray(ids, np.uint32) for ids in encoded]
+        """`encode` of every text in one call, on every processor: a uint32 (T,) array each."""
+        return self._encoder.batch_encode([_well_formed(text) for text in texts])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of `ids`; a special is its `<|name|>`. ValueError if out of range."""

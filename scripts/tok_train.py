@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxchat import artifacts, cli, dataset, report
 from jaxchat.tokenizer import MIN_VOCAB_SIZE, Tokenizer
@@ -78,7 +78,8 @@ def main(config: Config) -> None:
     seconds = time.monotonic() - start
     console.print(
         f"{tokenizer.vocab_size:,} tokens from {reading.documents:,} documents, "
-        f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s: {directory}"
+        f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s: {directory}",
+        soft_wrap=True,
     )
     parts: list[report.Part] = [
         report.KeyValues(asdict(config), "Configuration"),
@@ -109,23 +110,22 @@ def main(config: Config) -> None:
 
 def train(reading: Reading, vocab_size: int, console: Console) -> Tokenizer:
     """`Tokenizer.train` behind a progress bar."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     shown = console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("reading", total=None)
 
-        def watched() -> Iterator[str]:
-            for text in reading:
-                yield text
-                if reading.documents % 256 == 0:
-                    bar.update(
-                        task,
-                        description=f"reading: {reading.documents:,} documents, "
-                        f"{reading.chars / 1e6:,.1f} M characters",
-                    )
-            bar.update(task, description=f"merging {reading.chars / 1e6:,.1f} M characters")
+        def progress(stage: str, done: int, total: int | None) -> None:
+            read = f"{reading.documents:,} documents, {reading.chars / 1e6:,.1f} M characters"
+            words = f"reading: {read}" if stage == "counting" else f"merging: {done:,} of {total:,}"
+            bar.update(task, description=words, completed=done, total=total)
 
-        return Tokenizer.train(watched(), vocab_size=vocab_size)
+        return Tokenizer.train(reading, vocab_size=vocab_size, progress=progress)
 
 
 def token_lengths(tokenizer: Tokenizer) -> report.Table:

@@ -5,14 +5,24 @@
 //! right id). Byte `b` is id `b`, merge `i` is id `256 + i`. Encoding applies the same merges in
 //! order of rank inside each piece. The algorithm knows no Python; `python.rs` knows no algorithm.
 
+mod classes;
+mod count;
 mod encode;
+mod key;
+mod memo;
+mod pairs;
+mod split;
 mod train;
+mod unicode_tables;
 
 #[cfg(feature = "python")]
 mod python;
 
+pub use count::PieceCounts;
 pub use encode::Encoder;
-pub use train::{count_pieces, train, PieceCounts};
+pub use split::Splitter;
+pub use train::{train, Watch};
+pub use unicode_tables::UNICODE_VERSION;
 
 /// An adjacent pair of token ids.
 pub type Pair = (u32, u32);
@@ -23,5 +33,11 @@ pub type Result<T> = std::result::Result<T, String>;
 /// The split pattern of GPT-4 (`cl100k_base`), the default of training.
 pub const GPT4_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+);
+
+/// jaxchat's split pattern: GPT-4's with numbers cut into at most two digits.
+pub const SPLIT_PATTERN: &str = concat!(
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 );
