@@ -72,7 +72,8 @@ def test_help_explains_every_option(name, capsys):
     shown = capsys.readouterr().out
     assert f"python -m scripts.{name}" in shown
     for field in module.Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in shown or f"--no-{field}" in shown
+        flags = (f"--{field.replace('_', '-')}", f"--no-{field}", f" {field.upper()} ")
+        assert any(flag in shown for flag in flags), field
 
 
 def test_an_unknown_flag_suggests_the_nearest(capsys):
