@@ -33,7 +33,7 @@ pytestmark = [
 
 TEXTS = [
     "The model reads the text, and the text's reader models: it's 1234567890 in all!",
-    "def f(x):\n\treturn x  # caf\u00e9, na\u00efve, \u4f60\u597d, \U0001f600 \U0001f468\u200d\U0001f469\r\n",
+    "def f(x):\n\treturn x  # caf\u00e9, \u4f60\u597d, \U0001f600 \U0001f468\u200d\U0001f469\r\n",
 ]
 
 DIFFICULT = [
