@@ -56,6 +56,28 @@ def test_every_stage_of_every_tier_parses(tier):
         parse([f"scripts.{name}", *words])
 
 
+def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
+    """The script chooses sizes, the scripts' own default chooses the backend."""
+    import subprocess
+    import sys
+
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (tmp_path / "uname").chmod(0o755)
+    recipe = (ROOT / "speedrun_jax.sh").read_text().split("# --- The environment")[0]
+    shell = subprocess.run(
+        ["bash", "-c", recipe, str(ROOT / "speedrun_jax.sh")],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tier cpu (a Mac, so on PyTorch)" in shell.stdout
+    as_a_mac = "import numpy, sys; sys.platform = 'darwin'; import jaxchat.backend as b; "
+    python = [sys.executable, "-c", as_a_mac + "print(b.DEFAULT_BACKEND)"]
+    assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
+
+
 def test_every_written_command_parses():
     commands = list(written_commands())
     assert {name for name, _ in commands} >= {"README.md", "base_train.py"}
