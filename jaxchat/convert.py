@@ -62,6 +62,9 @@ HUGGING_FACE_CONSTANTS = {
 }
 """What its configuration must say for our model to be the same."""
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""Of configuration values, in words."""
+
 RMS_NORM_EPS = 1e-6
 """That of both gpt.py; upstream's 1.2e-7 (float32's epsilon) gives logits within 1e-6 of it."""
 
@@ -125,9 +128,10 @@ def from_nanochat(
     renamed = {_from_nanochat_name(name): x for name, x in tensors.items()}
     known = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"}
     problems = [f"model_config lacks {name}" for name in sorted(known - model_config.keys())]
-    surplus = model_config.keys() - known - {"window_pattern"}
+    optional = {"window_pattern"}
+    surplus = model_config.keys() - known - optional
     problems += [f"model_config has the unknown {name}" for name in sorted(surplus)]
-    raise_differences(problems or _mistyped(model_config, known))
+    raise_differences(problems or _mistyped(model_config, known | (optional & model_config.keys())))
     config = GPTConfig(**{name: model_config[name] for name in known})
     window = model_config.get("window_pattern")
     if not _is_modern(renamed):
@@ -205,7 +209,8 @@ def from_hugging_face(
     kind = described.get("model_type")
     if kind == MODERN_TYPE:
         names = {field.name for field in fields(GPTConfig)}
-        raise_differences(f"config.json lacks {name}" for name in sorted(names - described.keys()))
+        missing = [f"config.json lacks {name}" for name in sorted(names - described.keys())]
+        raise_differences(missing or _mistyped(described, names))
         config = GPTConfig(**{name: described[name] for name in names})
         return config, fit(tensors, config)
     if kind != CLASSIC_TYPE:
@@ -275,8 +280,13 @@ def fit(params: Params, config: GPTConfig, problems: Iterable[str] = ()) -> dict
 
 
 def _mistyped(described: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    wrong = [name for name in sorted(names) if type(described[name]) is not int]
-    return [f"{name}={described[name]!r} is not a whole number" for name in wrong]
+    """Values that are not of the type of `GPTConfig`'s field; other names are whole numbers."""
+    wanted = {name: type(getattr(GPTConfig, name, 0)) for name in sorted(names)}
+    return [
+        f"{name}={described[name]!r} is not {KINDS[kind]}"
+        for name, kind in wanted.items()
+        if type(described[name]) not in ({kind, int} if kind is float else {kind})
+    ]
 
 
 def _pad_rows(x: np.ndarray, config: GPTConfig) -> np.ndarray:

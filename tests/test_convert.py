@@ -55,6 +55,18 @@ def test_the_shapes_are_those_of_the_model(preset):
     assert sizes == sum(count_params(config).values())
 
 
+def test_the_names_are_upstreams():
+    """Written down from upstream's state dicts: autumn 2025, and commit 92d63d4."""
+    inside = {f"attn.{n}" for n in ("c_q", "c_k", "c_v", "c_proj")} | {"mlp.c_fc", "mlp.c_proj"}
+    classic = {f"transformer.h.{i}.{name}.weight" for i in range(4) for name in inside}
+    classic |= {"transformer.wte.weight", "lm_head.weight"}
+    modern = {f"transformer.h.{i}.attn.ve_gate.weight" for i in (1, 3)}
+    modern |= {"value_embeds.1.weight", "value_embeds.3.weight"}
+    modern |= {"resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"}
+    assert convert.to_nanochat(weights(CLASSIC)).keys() == classic
+    assert convert.to_nanochat(weights(MODERN)).keys() == classic | modern
+
+
 @pytest.mark.parametrize("preset", CONFIGS)
 def test_there_and_back_to_nanochat(preset):
     config, params = CONFIGS[preset], weights(CONFIGS[preset])
@@ -118,7 +130,7 @@ def test_everything_that_differs_is_in_one_error():
         ({"n_head": 3}, "n_embd=64 is not a multiple of n_head=3"),
         ({"n_embd": "wide"}, "n_embd='wide' is not a whole number"),
         ({"mtp_heads": 2}, "unknown mtp_heads"),
-        ({"window_pattern": None}, "lacks window_pattern"),
+        ({"window_pattern": 4}, "window_pattern=4 is not text"),
     ],
 )
 def test_another_configuration_is_told(change, told):
@@ -126,6 +138,13 @@ def test_another_configuration_is_told(change, told):
         convert.from_nanochat(
             convert.to_nanochat(weights(MODERN)), {**model_config(MODERN), **change}
         )
+
+
+def test_a_modern_model_needs_its_window_pattern():
+    described = model_config(MODERN)
+    del described["window_pattern"]
+    with pytest.raises(ValueError, match="lacks window_pattern"):
+        convert.from_nanochat(convert.to_nanochat(weights(MODERN)), described)
 
 
 def test_a_classic_model_with_windows_is_neither_generation():
@@ -162,6 +181,8 @@ def test_where_rope_theta_stands_depends_on_the_version_of_transformers():
 def test_our_own_type_needs_every_field():
     tensors, described = convert.to_hugging_face(weights(MODERN), MODERN)
     assert {key: described[key] for key in asdict(MODERN)} == asdict(MODERN)
+    with pytest.raises(ValueError, match="smear='yes' is not true or false"):
+        convert.from_hugging_face(tensors, {**described, "smear": "yes"})
     del described["qk_gain"]
     with pytest.raises(ValueError, match="lacks qk_gain"):
         convert.from_hugging_face(tensors, described)
