@@ -9,6 +9,7 @@
 #     JAXCHAT_TIER=node   8 GPUs: depth 24, ClimbMix, about three hours
 #     JAXCHAT_TIER=gpu    one or a few GPUs: depth 12, ClimbMix, about two hours on one H100
 #     JAXCHAT_TIER=cpu    a laptop: a small model on the documentation of its own libraries, minutes
+#                         (on a Mac with PyTorch on its GPU, elsewhere with JAX)
 #     JAXCHAT_TIER=smoke  tests: the same stages on a toy, under three minutes
 #
 # Everything is written below JAXCHAT_BASE_DIR (~/.cache/jaxchat); the report also lands here.
@@ -32,6 +33,9 @@ elif ((gpus >= 8)); then
     JAXCHAT_TIER=node why="$gpus GPUs found"
 elif ((gpus >= 1)); then
     JAXCHAT_TIER=gpu why="$gpus GPU(s) found"
+elif [[ "$(uname -s)" == Darwin ]]; then
+    # There --backend defaults to torch, which uses the Mac's GPU (MPS): jaxchat/backend.py.
+    JAXCHAT_TIER=cpu why="a Mac, so on PyTorch"
 else
     JAXCHAT_TIER=cpu why="no NVIDIA GPU found"
 fi

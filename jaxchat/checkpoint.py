@@ -127,7 +127,11 @@ class CheckpointStore:
             self._make_room(staging)
             record = {"step": step, "backend": backend.name, "model": asdict(backend.config)}
             (staging / META).write_text(json.dumps(record | dict(meta), indent=1))
-        backend.save(staging)
+        try:
+            backend.save(staging)
+        except BaseException:
+            _remove(staging)
+            raise
         self._commit = threading.Thread(target=self._publish, args=(backend, staging, target))
         self._commit.start()
 
@@ -151,6 +155,7 @@ class CheckpointStore:
             for step in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(step))
         except BaseException as error:  # handed to the caller by finish()
+            _remove(staging)
             self._error = error
 
     def _make_room(self, staging: Path) -> None:
@@ -170,6 +175,12 @@ class CheckpointStore:
                     f"{free:,} are free; make room, or set JAXCHAT_BASE_DIR to another disk, and "
                     "run the same command again"
                 )
+
+
+def _remove(staging: Path) -> None:
+    """What a failed save leaves is no use to anyone."""
+    if runtime.is_first_process():
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 class _Mismatch(ValueError):

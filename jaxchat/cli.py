@@ -18,6 +18,9 @@ ConfigT = TypeVar("ConfigT")
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
 
+Positional = tyro.conf.Positional
+"""Annotate a field that is given without a flag: `cli.Positional[Path]`."""
+
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config_class` from command-line words (`sys.argv` when None).

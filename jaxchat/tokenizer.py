@@ -210,7 +210,7 @@ class Tokenizer:
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The same tokenizer as the content of Hugging Face's `tokenizer.json`."""
-        letters = _byte_letters()
+        letters = byte_letters()
         written = ["".join(letters[byte] for byte in token) for token in self._ordinary]
         of_token = dict(zip(self._ordinary, written, strict=True))
         split = {"Regex": self.pattern}
@@ -385,7 +385,7 @@ def _merged(parts: Sequence[bytes], whole: bytes) -> Iterator[bytes]:
         i += 1 + joined
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """GPT-2's printable letter for each byte: itself where printable, else U+0100 upwards."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters, spare = [], 0x100

@@ -13,7 +13,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jaxtyping
 
 TYPE_CHECKED = ["attention", "gpt", "kv_cache", "loss", "optim", "train_step", "decoding"]
-jaxtyping.install_import_hook([f"jaxchat.{name}" for name in TYPE_CHECKED], "beartype.beartype")
+TYPE_CHECKED_TORCH = ["loss", "optim", "train_step"]
+"""Not its forward pass: without a jit every call is checked, which doubles the time of decoding.
+test_torch_shapes.py checks that one in a process of its own."""
+jaxtyping.install_import_hook(
+    [f"jaxchat.{name}" for name in TYPE_CHECKED]
+    + [f"torch_ref.{name}" for name in TYPE_CHECKED_TORCH],
+    "beartype.beartype",
+)
 
 import jax  # noqa: E402 - after the flags above
 import pytest  # noqa: E402

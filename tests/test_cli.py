@@ -56,6 +56,28 @@ def test_every_stage_of_every_tier_parses(tier):
         parse([f"scripts.{name}", *words])
 
 
+def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
+    """The script chooses sizes, the scripts' own default chooses the backend."""
+    import subprocess
+    import sys
+
+    (tmp_path / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (tmp_path / "uname").chmod(0o755)
+    recipe = (ROOT / "speedrun_jax.sh").read_text().split("# --- The environment")[0]
+    shell = subprocess.run(
+        ["bash", "-c", recipe, str(ROOT / "speedrun_jax.sh")],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "tier cpu (a Mac, so on PyTorch)" in shell.stdout
+    as_a_mac = "import numpy, sys; sys.platform = 'darwin'; import jaxchat.backend as b; "
+    python = [sys.executable, "-c", as_a_mac + "print(b.DEFAULT_BACKEND)"]
+    assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
+
+
 def test_every_written_command_parses():
     commands = list(written_commands())
     assert {name for name, _ in commands} >= {"README.md", "base_train.py"}
@@ -72,7 +94,8 @@ def test_help_explains_every_option(name, capsys):
     shown = capsys.readouterr().out
     assert f"python -m scripts.{name}" in shown
     for field in module.Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in shown or f"--no-{field}" in shown
+        flags = (f"--{field.replace('_', '-')}", f"--no-{field}", f" {field.upper()} ")
+        assert any(flag in shown for flag in flags), field
 
 
 def test_an_unknown_flag_suggests_the_nearest(capsys):

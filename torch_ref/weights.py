@@ -59,15 +59,17 @@ def save_folder(directory: Path, files: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def load_file(path: Path) -> dict[str, np.ndarray]:
-    """Read one file of `save_folder`; ValueError when it is not one, or damaged."""
+    """A file that holds a dict of tensors; half-precision ones arrive as float32.
+
+    FileNotFoundError when there is none, ValueError when it holds anything else or is damaged.
+    """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: not a checkpoint of this backend"
-        )
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler answers damage with whatever it trips over
         raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{path} holds something else than a dict of tensors")
-    return {name: x.numpy() for name, x in tensors.items()}
+    halves = (torch.bfloat16, torch.float16)
+    return {n: (x.float() if x.dtype in halves else x).numpy() for n, x in tensors.items()}

@@ -56,7 +56,7 @@ def assert_same_bits(mine, theirs):
             assert value.tobytes() == b[name].tobytes(), name
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["modern", pytest.param("classic", marks=pytest.mark.slow)])
 def config(request):
     return CONFIGS[request.param]
 

@@ -117,3 +117,24 @@ def test_half_precision(dtype, bound, parity):
     parity(f"logits, {dtype}, between the backends", max_abs(theirs, ours), bound)
     parity(f"logits, {dtype}, JAX against float32", max_abs(ours, exact), bound)
     parity(f"logits, {dtype}, torch against float32", max_abs(theirs, exact), bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_half_precision_training(dtype, bound, parity):
+    """Loss, and all gradients as one vector: single small leaves are mostly rounding."""
+    config = CONFIGS["modern"]
+    params = perturbed_weights(config)
+    inputs, targets = (x[:, None] for x in random_batch(config))
+    ours = JaxTwin(config, params, getattr(jnp, dtype))
+    loss, grads = jax.jit(lambda p, b: jax_loss_and_grads(ours.graphdef, p, b, ONE_DEVICE))(
+        ours.params, (jnp.asarray(inputs), jnp.asarray(targets))
+    )
+    theirs = torch_twin(config, params, getattr(torch, dtype))
+    batch = (torch.from_numpy(inputs), torch.from_numpy(targets))
+    count = int((targets >= 0).sum())
+    torch_loss, torch_grads = torch_loss_and_grads(
+        theirs, *batch, count=count, ranks=Ranks(), loss_scale=2.0**10
+    )
+    parity(f"loss, {dtype} (relative)", relative(torch_loss, loss), bound / 10)
+    flat = (np.concatenate([np.ravel(g[n]) for n in grads]) for g in (torch_grads, grads))
+    parity(f"gradients, {dtype} (relative)", relative(*flat), bound)

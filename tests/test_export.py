@@ -1,0 +1,149 @@
+"""Exported folders are whole, say the truth about the model, and come back bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxchat import export
+from jaxchat.checkpoint import CheckpointStore, LoadedModel, load_model, stage_directory
+from jaxchat.config import GPTConfig
+from jaxchat.report import KeyValues, Report
+from jaxchat.tensor_files import read_safetensors
+from jaxchat.tokenizer import Tokenizer
+from scripts import export as export_script
+from scripts import import_model
+from tests.test_convert import weights, without_padding
+from torch_ref.torch_backend import TorchBackend
+
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["words and more words make a vocabulary"] * 3, vocab_size=280)
+
+
+@pytest.fixture(params=["modern", "classic"])
+def backend(request, tokenizer):
+    modern = GPTConfig(
+        sequence_len=128,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=1,
+        n_embd=32,
+    )
+    backend = TorchBackend(modern if request.param == "modern" else modern.classic())
+    backend.set_params(without_padding(weights(backend.config), backend.config))
+    return backend
+
+
+@pytest.fixture
+def saved(backend, tokenizer, base_dir):
+    """The model as a finished run leaves it."""
+    tokenizer.save(base_dir / "tokenizer")
+    store = CheckpointStore(stage_directory("sft", "d2"))
+    store.save(40, backend, {"tokenizer": tokenizer.fingerprint})
+    store.finish()
+    return backend
+
+
+def run(folder, **options):
+    export_script.main(export_script.Config(folder, backend="torch", **options))
+
+
+def test_a_folder_has_what_transformers_looks_for(saved, tmp_path, base_dir):
+    run(tmp_path / "out")
+    own_code = set() if saved.config == saved.config.classic() else {"modeling_jaxchat.py"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | own_code
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vocab_size"] == 280
+    assert config["bos_token_id"] == 271
+    assert config["eos_token_id"] == config["pad_token_id"] == 275
+    assert (config["model_type"] == "nanochat") == (not own_code)
+    tensors = read_safetensors(tmp_path / "out")
+    assert tensors["lm_head.weight"].shape == (280, 32)  # the padding of 320 is gone
+    if not own_code:
+        assert len(tensors) == 6 * 2 + 2
+        assert config["rms_norm_eps"] == 1e-6
+        assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_an_export_comes_back_bit_for_bit(saved, tmp_path, monkeypatch, base_dir):
+    run(tmp_path / "out")
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    import_model.main(import_model.Config(tmp_path / "out", "hf", stage="sft", backend="torch"))
+    back = load_model("sft", backend="torch")
+    assert back.backend.config == saved.config
+    for name, value in saved.get_params().items():
+        np.testing.assert_array_equal(back.backend.get_params()[name], value, err_msg=name)
+
+
+def test_nothing_that_is_there_is_overwritten(saved, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    run(folder)  # an empty folder is as good as none
+    before = (folder / "config.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="there already and not an empty folder"):
+        run(folder)
+    assert (folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_a_failed_export_leaves_nothing(saved, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(export, "write_safetensors", fail)
+    target = tmp_path / "exports" / "out"
+    with pytest.raises(OSError, match="the disk is full"):
+        run(target)
+    assert list(target.parent.iterdir()) == []
+
+
+def add_reports(base_dir, tag):
+    report = Report(base_dir)
+    options = KeyValues({"depth": "2", "model_tag": tag}, "Options")
+    report.add("chat_sft", "Finetuning", [options], figures={"val loss": 1.25})
+    report.add("chat_eval_sft", "Evaluation", [], figures={"ChatCORE": 0.2})
+    report.add("base_train", "Pretraining", [], figures={"val bpb": 0.9})
+
+
+def test_the_card_shows_the_results_of_this_model(saved, base_dir, tmp_path):
+    add_reports(base_dir, "None")
+    run(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| chat_sft | val loss | 1.2500 |" in card
+    assert "| chat_eval_sft | ChatCORE | 0.2000 |" in card
+    assert "val bpb" not in card  # the base model's
+    assert "| stage and step | sft, 40 |" in card
+    assert "split_special_tokens=True" in card and "`<|python_start|>`" in card
+    assert ("trust_remote_code=True" in card) == (saved.config != saved.config.classic())
+
+
+def test_the_card_does_not_show_another_models_results(saved, base_dir, tmp_path):
+    add_reports(base_dir, "d20")
+    run(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "None were reported." in card and "val loss" not in card
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_is_written(base_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no sft model"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_is_text_in_the_card(backend, tokenizer, tmp_path):
+    model = LoadedModel(backend, tokenizer, {"step": 1})
+    card = export.model_card(model, "a_b *c*", "base", [], is_stock=True)
+    assert "# a\\_b \\*c\\*" in card
+    assert 'tokenizer("<|bos|>The sky is"' in card

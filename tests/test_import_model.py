@@ -1,0 +1,299 @@
+"""Models from elsewhere arrive bit for bit, or not at all and with the reason."""
+
+import collections
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from jaxchat import convert
+from jaxchat.checkpoint import load_model
+from jaxchat.config import GPTConfig
+from jaxchat.foreign_tokenizer import read_pickled_tokenizer, read_tokenizer_json
+from jaxchat.tensor_files import read_safetensors, write_safetensors
+from jaxchat.tokenizer import Tokenizer
+from scripts.import_model import Config, main
+from tests.test_convert import model_config, weights
+
+TEXTS = ["the model reads text and the reader reads the model, again and again"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, vocab_size=290)
+
+
+@pytest.fixture(params=["modern", "classic"])
+def config(request, tokenizer):
+    modern = GPTConfig(
+        sequence_len=128,
+        vocab_size=tokenizer.vocab_size,
+        n_layer=2,
+        n_head=2,
+        n_kv_head=2,
+        n_embd=32,
+    )
+    return modern if request.param == "modern" else modern.classic()
+
+
+@pytest.fixture
+def foreign(tmp_path_factory):
+    """A folder as upstream's base directory has it."""
+    folder = tmp_path_factory.mktemp("upstream") / "base_checkpoints" / "d2"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def as_nanochat(folder, config, tokenizer, *, step=7, dtype=torch.float32):
+    """Write what upstream writes: tensors, meta and the pickled tiktoken encoding."""
+    tensors = {n: torch.tensor(x) for n, x in convert.to_nanochat(weights(config)).items()}
+    tables = {"transformer.wte.weight"} | {n for n in tensors if n.startswith("value_embeds")}
+    stored = {n: x.to(dtype) if n in tables else x for n, x in tensors.items()}
+    torch.save(stored, folder / f"model_{step:06d}.pt")
+    meta = {"step": step, "val_bpb": 0.9, "model_config": model_config(config)}
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta))
+    pickled = folder.parent.parent / "tokenizer" / "tokenizer.pkl"
+    pickled.parent.mkdir(exist_ok=True)
+    pickled.write_bytes(pickle.dumps(tokenizer.as_tiktoken()))
+    return {n: x.float().numpy() for n, x in stored.items()}
+
+
+def as_hugging_face(folder, config, tokenizer):
+    tensors, described = convert.to_hugging_face(weights(config), config)
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_hugging_face()))
+
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upstream_checkpoints_arrive_bit_for_bit(config, foreign, tokenizer, base_dir, dtype):
+    """Both generations; upstream keeps embeddings in bfloat16, which float32 holds exactly."""
+    stored = as_nanochat(foreign, config, tokenizer, dtype=dtype)
+    as_nanochat(foreign, config, tokenizer, step=3)
+    main(Config(foreign, "nanochat", backend="torch"))
+    loaded = load_model("base", backend="torch")
+    assert loaded.backend.config == config
+    assert loaded.meta["step"] == 7
+    assert loaded.meta["imported"]["meta"]["val_bpb"] == 0.9
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    for name, value in convert.to_nanochat(loaded.backend.get_params()).items():
+        assert value.tobytes() == stored[name].tobytes(), name
+
+
+def test_hugging_face_folders_arrive_for_either_backend(config, foreign, tokenizer, base_dir):
+    as_hugging_face(foreign, config, tokenizer)
+    main(Config(foreign, "hf", stage="sft", model_tag="guest", backend="torch"))
+    params = load_model("sft", backend="jax").backend.get_params()
+    mine, _ = convert.to_hugging_face(params, config)
+    for name, value in read_safetensors(foreign).items():
+        assert mine[name].tobytes() == value.tobytes(), name
+
+
+def test_one_of_several_steps_can_be_chosen(foreign, tokenizer, base_dir, config):
+    for step in (3, 7):
+        as_nanochat(foreign, config, tokenizer, step=step)
+    main(Config(foreign, "nanochat", step=3, backend="torch"))
+    assert load_model("base", backend="torch").meta["step"] == 3
+    with pytest.raises(FileNotFoundError, match="steps there: 3, 7"):
+        main(Config(foreign, "nanochat", step=4, model_tag="other", backend="torch"))
+
+
+def damage(folder, case, config, tokenizer):
+    """Make the folder wrong in one way; returns what the error must tell."""
+    path = folder / "model_000007.pt"
+    tensors = torch.load(path, weights_only=True)
+    meta = json.loads((folder / "meta_000007.json").read_text())
+    match case:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            return "model_000007.pt is damaged"
+        case "missing tensor":
+            del tensors["lm_head.weight"]
+            told = r"missing lm_head\.weight"
+        case "extra tensor":
+            tensors["mtp.weight"] = torch.zeros(2)
+            told = r"unexpected mtp\.weight"
+        case "wrong shape":
+            tensors["lm_head.weight"] = torch.zeros(5, 5)
+            told = r"lm_head\.weight has shape \(5, 5\)"
+        case "not tensors":
+            tensors = {"lm_head.weight": [1, 2]}
+            told = "something else than a dict of tensors"
+        case "no meta":
+            (folder / "meta_000007.json").unlink()
+            return r"meta_000007\.json"
+        case "damaged meta":
+            (folder / "meta_000007.json").write_text("{")
+            return r"meta_000007\.json is damaged"
+        case "other architecture":
+            meta["model_config"] |= {"n_layer": 3}
+            told = r"missing h\.2\."
+        case "other vocabulary":
+            other = Tokenizer.train(TEXTS, vocab_size=280)
+            pickled = folder.parent.parent / "tokenizer" / "tokenizer.pkl"
+            pickled.write_bytes(pickle.dumps(other.as_tiktoken()))
+            told = "the tokenizer has 280 tokens, the model 290"
+        case "no tokenizer":
+            (folder.parent.parent / "tokenizer" / "tokenizer.pkl").unlink()
+            told = "no tokenizer found at .*--tokenizer"
+    torch.save(tensors, path)
+    if (folder / "meta_000007.json").exists():
+        (folder / "meta_000007.json").write_text(json.dumps(meta))
+    return told
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "truncated",
+        "missing tensor",
+        "extra tensor",
+        "wrong shape",
+        "not tensors",
+        "no meta",
+        "damaged meta",
+        "other architecture",
+        "other vocabulary",
+        "no tokenizer",
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_written(
+    case, foreign, tokenizer, config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
+    as_nanochat(foreign, config, tokenizer)
+    told = damage(foreign, case, config, tokenizer)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        main(Config(foreign, "nanochat", backend="torch"))
+    assert not (tmp_path / "base").exists() or everything(tmp_path / "base") == []
+
+
+def test_a_truncated_safetensors_file_is_told(foreign, tokenizer, config, base_dir):
+    as_hugging_face(foreign, config, tokenizer)
+    path = foreign / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        main(Config(foreign, "hf", backend="torch"))
+
+
+def test_models_that_are_there_are_left_alone(foreign, tokenizer, config, base_dir):
+    as_nanochat(foreign, config, tokenizer)
+    main(Config(foreign, "nanochat", backend="torch"))
+    before = everything(base_dir)
+    with pytest.raises(ValueError, match="holds a model already: choose another --model-tag"):
+        main(Config(foreign, "nanochat", backend="torch"))
+    words = "quick brown foxes jumping over lazy dogs while seven wizards mix potions"
+    other = Tokenizer.train([words] * 3, vocab_size=290)
+    as_nanochat(foreign, config, other)
+    with pytest.raises(ValueError, match=r"holds another tokenizer.*\n?.*JAXCHAT_BASE_DIR"):
+        main(Config(foreign, "nanochat", model_tag="other", backend="torch"))
+    assert everything(base_dir) == before
+
+
+def test_a_failed_write_takes_its_tokenizer_along(
+    foreign, tokenizer, config, base_dir, monkeypatch
+):
+    as_nanochat(foreign, config, tokenizer)
+
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("torch_ref.weights.save_folder", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        main(Config(foreign, "nanochat", backend="torch"))
+    assert not [path for path in base_dir.rglob("*") if path.is_file()]
+    with pytest.raises(FileNotFoundError):
+        load_model("base", backend="torch")
+
+
+def test_tokenizers_arrive_whole(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer.as_tiktoken()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_hugging_face()))
+    for read, name in (
+        (read_pickled_tokenizer, "tokenizer.pkl"),
+        (read_tokenizer_json, "tokenizer.json"),
+    ):
+        assert read(tmp_path / name).fingerprint == tokenizer.fingerprint
+
+
+class Malicious:
+    """Runs a command when a plain unpickler reads it."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path):
+    path, marker = tmp_path / "tokenizer.pkl", tmp_path / "owned"
+    for content, told in (
+        (Malicious(marker), r"posix\.system|nt\.system"),
+        ({"ranks": Malicious(marker)}, r"posix\.system|nt\.system"),
+        (collections.OrderedDict(), r"collections\.OrderedDict"),
+        ({"name": "x"}, "no pickled tiktoken Encoding"),
+        (b"bytes", "no pickled tiktoken Encoding"),
+    ):
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=told):
+            read_pickled_tokenizer(path)
+    assert not marker.exists()
+
+
+def test_a_pickle_that_lies_about_its_content_is_refused(tokenizer, tmp_path):
+    """The class may be tiktoken's while the state is not."""
+    path = tmp_path / "tokenizer.pkl"
+    whole = pickle.dumps(tokenizer.as_tiktoken())
+    for content in (whole[:-20], whole[:50], b"", whole.replace(b"pat_str", b"pat_xyz")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.pkl"):
+            read_pickled_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t["model"].update(type="Unigram"), "made of Unigram, Split, ByteLevel"),
+        (lambda t: t["added_tokens"].pop(), r"<\|output_end\|> is missing"),
+        (lambda t: t["added_tokens"][0].update(id=3), r"<\|bos\|> is 3, not 281"),
+        (lambda t: t["model"]["vocab"].update({"\u4e00": 400}), "stands for no byte"),
+        (lambda t: t["model"]["vocab"].update({"thethe": 900}), "ranks are not 0, 1, 2"),
+        (lambda t: t.pop("model"), "damaged, or no byte-level BPE"),
+    ],
+)
+def test_another_kind_of_tokenizer_is_told(change, told, tokenizer, tmp_path):
+    stored = json.loads(json.dumps(tokenizer.to_hugging_face()))
+    change(stored)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=told):
+        read_tokenizer_json(tmp_path / "tokenizer.json")
+
+
+def test_safetensors_in_parts_and_in_bfloat16(tmp_path):
+    """Written by torch's own writer, which knows bfloat16."""
+    import safetensors.torch
+
+    tensors = {
+        "a": torch.randn(3, 4).bfloat16(),
+        "b": torch.randn(5).half(),
+        "c": torch.randn(2, 2),
+    }
+    safetensors.torch.save_file({"a": tensors["a"]}, tmp_path / "model-1.safetensors")
+    safetensors.torch.save_file({n: tensors[n] for n in "bc"}, tmp_path / "model-2.safetensors")
+    parts = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    read = read_safetensors(tmp_path)
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(read[name], value.float().numpy())
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model-2\.safetensors"):
+        read_safetensors(tmp_path)
