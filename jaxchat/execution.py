@@ -74,7 +74,7 @@ class Sandbox(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_sandbox(name: str = SANDBOXES[0], *, limits: Limits = Limits()) -> Sandbox:  # noqa: B008
+def open_sandbox(name: str = SANDBOXES[0], *, limits: Limits = Limits()) -> Sandbox:
     """The sandbox of that name, after a trial run. NoSandbox says why there is none."""
     if name not in SANDBOXES:
         raise ValueError(f"sandbox {name!r}: choose one of {', '.join(SANDBOXES)}")
