@@ -18,6 +18,9 @@ ConfigT = TypeVar("ConfigT")
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
 
+repeatable = tyro.conf.UseAppendAction
+"""Annotate a tuple whose flag may be given several times: `-a ONE -a TWO`."""
+
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config_class` from command-line words (`sys.argv` when None).
