@@ -186,6 +186,13 @@ class Backend(Protocol):
         """
         ...
 
+    def logits(self, inputs: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """(B, V) float32: of each row of (B, T) int32, the logits after the token at `positions`.
+
+        Compiles once per shape, as `score` does; positions are (B,) int32.
+        """
+        ...
+
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> Cache:

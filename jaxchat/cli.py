@@ -21,6 +21,9 @@ arg = tyro.conf.arg
 Positional = tyro.conf.Positional
 """Annotate a field that is given without a flag: `cli.Positional[Path]`."""
 
+repeatable = tyro.conf.UseAppendAction
+"""Annotate a tuple whose flag may be given several times: `-a ONE -a TWO`."""
+
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Build `config_class` from command-line words (`sys.argv` when None).

@@ -11,15 +11,14 @@ in its buffer, which are read again on resume. Left out: supervision masks (conv
 """
 
 import bisect
-import queue
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxchat.dataset import Corpus
+from jaxchat.prefetch import Prefetcher
 
 NUM_STREAMS = 8
 """Logical streams; a number of processes that divides it can share a run."""
@@ -29,9 +28,6 @@ BUFFER_DOCS = 1000
 
 REFILL_DOCS = 64
 """Documents read beyond that at a time."""
-
-PREFETCH_BATCHES = 4
-"""Batches that wait ready for the training step."""
 
 
 class Encoder(Protocol):
@@ -67,7 +63,7 @@ class Address(NamedTuple):
     row: int
 
 
-class PackedLoader:
+class PackedLoader(Prefetcher[Batch]):
     """An endless iterator of batches; close it, or use it as a context manager."""
 
     def __init__(
@@ -103,41 +99,14 @@ class PackedLoader:
             "seed": seed,
         }
         if state is not None:
-            _check_identity(self._identity, state["identity"])
+            check_identity(self._identity, state["identity"])
         owned = [s for s in range(NUM_STREAMS) if s % process_count == process_index]
         reader = _Reader(corpus, split, tokenizer)
         saved = {} if state is None else state["streams"]
         self._streams = {s: _Stream(reader, s, seed, saved.get(str(s))) for s in owned}
         self._rows_per_batch, self._length = rows_per_batch, sequence_len
         self._rows = 0 if state is None else state["rows"]
-        self._snapshot = self._take()
-        self._queue: queue.Queue = queue.Queue(maxsize=PREFETCH_BATCHES)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._produce, daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        batch, self._snapshot = item
-        return batch
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._stop.set()
-        while self._thread.is_alive():
-            _drain(self._queue)
-            self._thread.join(timeout=0.01)
+        self._start()
 
     @property
     def epoch(self) -> int:
@@ -160,26 +129,10 @@ class PackedLoader:
             "streams": {str(s): _describe(place) for s, place in streams.items()},
         }
 
-    def _take(self) -> tuple[int, dict[int, "_Place"]]:
+    def _position(self) -> tuple[int, dict[int, "_Place"]]:
         return self._rows, {s: stream.place() for s, stream in self._streams.items()}
 
-    def _produce(self) -> None:
-        try:
-            while not self._stop.is_set():
-                batch = self._next_batch()
-                self._put((batch, self._take()))
-        except BaseException as error:  # raised again by the reader of the queue
-            self._put(error)
-
-    def _put(self, item: object) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def _next_batch(self) -> Batch:
+    def _make(self) -> Batch:
         numbers = range(self._rows, self._rows + self._rows_per_batch)
         mine = [r % NUM_STREAMS for r in numbers if r % NUM_STREAMS in self._streams]
         rows = np.stack([self._streams[s].next_row(self._length + 1) for s in mine])
@@ -194,6 +147,17 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name: place for state in states for name, place in state["streams"].items()
     }
     return merged
+
+
+def check_identity(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise when a loader's state was taken on other data."""
+    differing = [f"{n} {saved.get(n)}, now {here[n]}" for n in here if saved.get(n) != here[n]]
+    if differing:
+        raise ValueError(
+            "the data of this run is not that of its checkpoint: "
+            + "; ".join(differing)
+            + "; restore it, or start over with --resume never"
+        )
 
 
 class _Place(NamedTuple):
@@ -336,21 +300,3 @@ class _Stream:
         for (order, address), tokens in zip(arrivals, encoded, strict=True):
             bisect.insort(self._keys, (len(tokens), -order, address))
             self._tokens[order] = tokens
-
-
-def _check_identity(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    differing = [f"{n} {saved.get(n)}, now {here[n]}" for n in here if saved.get(n) != here[n]]
-    if differing:
-        raise ValueError(
-            "the data of this run is not that of its checkpoint: "
-            + "; ".join(differing)
-            + "; restore it, or start over with --resume never"
-        )
-
-
-def _drain(waiting: queue.Queue) -> None:
-    while True:
-        try:
-            waiting.get_nowait()
-        except queue.Empty:
-            return

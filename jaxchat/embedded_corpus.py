@@ -48,7 +48,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MIN_CHARS = 200
 VALIDATION_SHARE = 0.05
 ROW_GROUP = 512
-FORMAT = 1
+FORMAT = 2
 
 
 def ensure_embedded_corpus() -> Path:
@@ -124,10 +124,12 @@ def _read(source: tuple[str, str, Path]) -> list[dict[str, str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError, RecursionError):
         return []
-    return list(_documents(tree, distribution, module, module))
+    return list(_documents(tree, distribution, module, module, "module"))
 
 
-def _documents(node: _Documented, dist: str, module: str, name: str) -> Iterator[dict[str, str]]:
+def _documents(
+    node: _Documented, dist: str, module: str, name: str, kind: str
+) -> Iterator[dict[str, str]]:
     doc = ast.get_docstring(node, clean=True)
     if doc and len(doc) >= MIN_CHARS:
         doc = inspect.cleandoc(doc)
@@ -137,10 +139,15 @@ def _documents(node: _Documented, dist: str, module: str, name: str) -> Iterator
             "name": name,
             "module": module,
             "distribution": dist,
+            "kind": kind,
         }
+    in_class = isinstance(node, ast.ClassDef)
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _documents(child, dist, module, f"{name}.{child.name}")
+        if isinstance(child, ast.ClassDef):
+            yield from _documents(child, dist, module, f"{name}.{child.name}", "class")
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = "method" if in_class else "function"
+            yield from _documents(child, dist, module, f"{name}.{child.name}", inner)
 
 
 def _topics() -> Iterator[dict[str, str]]:
@@ -154,6 +161,7 @@ def _topics() -> Iterator[dict[str, str]]:
             "name": name,
             "module": name,
             "distribution": "python",
+            "kind": "topic",
         }
 
 
@@ -162,7 +170,7 @@ def _hash(text: str) -> str:
 
 
 def write_corpus(directory: Path, documents: list[dict[str, str]], versions: dict) -> None:
-    columns = ("text", "name", "module", "distribution")
+    columns = ("text", "name", "module", "distribution", "kind")
     split: dict[str, list[dict[str, str]]] = {"train": [], "val": []}
     for document in documents:
         share = int(_hash(document["module"])[:8], 16) / 2**32

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -44,6 +45,7 @@ class JaxBackend:
         self._opt_state: Any = None
         self._train_step: TrainStep | None = None
         self._score = jax.jit(_score, static_argnums=0)
+        self._logits = jax.jit(_logits, static_argnums=0)
         self._decoder = decoding.Decoder(self._graphdef, config)
         self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
 
@@ -168,6 +170,11 @@ class JaxBackend:
         nll, greedy = self._score(self._graphdef, self.params, *placed)
         return Scores(np.asarray(nll), np.asarray(greedy))
 
+    def logits(self, inputs: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        place = sharding.leading_axis(self.mesh, inputs)
+        placed = (jax.device_put(inputs, place), jax.device_put(positions, place))
+        return np.asarray(self._logits(self._graphdef, self.params, *placed))
+
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
@@ -203,3 +210,10 @@ def _score(graphdef: nnx.GraphDef, params: Params, inputs: Array, targets: Array
         vocab_size=model.config.vocab_size,
         softcap=model.config.logit_softcap,
     )
+
+
+def _logits(graphdef: nnx.GraphDef, params: Params, inputs: Array, positions: Array) -> Array:
+    model = bind(graphdef, params)
+    assert isinstance(model, GPT)
+    hidden, _ = model.hidden(inputs)
+    return model.logits(jnp.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0])

@@ -32,12 +32,14 @@ STAGES = (
     "base_train",
     "base_loss",
     "base_eval",
+    "chat_eval_base",
     "mid_train",
     "chat_eval_mid",
     "chat_sft",
     "chat_eval_sft",
     "chat_rl",
     "chat_eval_rl",
+    "chat_eval",
 )
 """The order of sections. A stage that is not named here comes last, in order of its name."""
 

@@ -198,6 +198,18 @@ class TorchBackend:
             softcap=self.config.logit_softcap,
         )
 
+    def logits(self, inputs: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        x, where = self._to_device(inputs), self._to_device(positions)
+        divided = self.ranks.divides(x)
+        logits = torch.cat([self._logits(*part) for part in self._evaluation_parts(x, where)])
+        return (self.ranks.gather(logits) if divided else logits).cpu().numpy()
+
+    @torch.no_grad()
+    def _logits(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        hidden, _ = self.model.hidden(inputs)
+        rows = torch.arange(len(inputs), device=inputs.device)
+        return self.model.logits(hidden[rows, positions])
+
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:

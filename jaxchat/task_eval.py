@@ -1,0 +1,219 @@
+"""How well a chat model answers: letters by their logits, free text by generating it.
+
+A categorical problem is one forward: the choice whose letter has the largest logit where the answer
+begins is the answer, so a model is judged on what it knows and not on whether it keeps to the
+format. Prompts of similar length share a batch, so a compiled model sees a handful of shapes.
+Generative problems go through the Engine all at once, greedily, with the calculator, and the task
+judges the text. Left out: which tasks (tasks/mixtures.py), tables (task_report.py).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxchat.backend import Backend
+from jaxchat.config import SamplingParams
+from jaxchat.conversation import Conversation, render_for_completion
+from jaxchat.core_eval import bucket_length
+from jaxchat.engine import Engine
+from jaxchat.request import Completion, Request
+from jaxchat.tasks.base import Task
+from jaxchat.tokenizer import Tokenizer
+
+SAMPLE_SEED = 1337
+"""Order in which a task's problems are taken, so that a limit takes a fair sample."""
+
+Z_95 = 1.959964
+"""Standard normal quantile of a two-sided 95% interval."""
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """What a model reached on a task."""
+
+    name: str
+    kind: str
+    baseline: float
+    """Accuracy of guessing."""
+    problems: int = 0
+    correct: int = 0
+    cropped: int = 0
+    """Prompts too long for the model: the beginning of their text was left out."""
+    ended: int | None = None
+    """Replies that ended by themselves, within the room they had; generated ones only."""
+    called: int | None = None
+    """Replies that called the calculator and got an answer; generated ones only."""
+    skipped: str | None = None
+    """Why the task was not run."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.problems if self.problems else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the accuracy."""
+        return wilson(self.correct, self.problems)
+
+    @property
+    def centered(self) -> float:
+        """Accuracy above guessing, 1 for perfect."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+
+def wilson(correct: int, problems: int) -> tuple[float, float]:
+    """The 95% score interval of a share (Wilson 1927): sound for few problems and near 0 and 1."""
+    if not problems:
+        return math.nan, math.nan
+    share, z2 = correct / problems, Z_95**2
+    middle = (share + z2 / (2 * problems)) / (1 + z2 / problems)
+    spread = share * (1 - share) / problems + z2 / (4 * problems**2)
+    half = Z_95 / (1 + z2 / problems) * math.sqrt(spread)
+    low = 0.0 if correct == 0 else middle - half
+    return low, 1.0 if correct == problems else middle + half
+
+
+def chat_core(results: Sequence[ChatResult]) -> float:
+    """The mean of the centred accuracies; NaN when every task was skipped."""
+    centered = [result.centered for result in results if result.skipped is None]
+    return sum(centered) / len(centered) if centered else math.nan
+
+
+def evaluate_chat(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    task: Task,
+    *,
+    max_problems: int | None,
+    batch_tokens: int,
+    slots: int,
+    on_progress: Callable[[float], None] = lambda _: None,
+) -> ChatResult:
+    """A task on `max_problems` of its problems, drawn fairly (all of them when None).
+
+    `batch_tokens` bounds the padded tokens of a forward, `slots` the replies generated at a time;
+    `on_progress` hears the share that is done. ValueError for a task with nothing to judge.
+    """
+    if task.kind == "conversation":
+        raise ValueError(f"{task.name} is for training only: it has no judge of replies")
+    reason = task.unavailable()
+    if reason is not None:
+        return ChatResult(task.name, task.kind, task.baseline, skipped=reason)
+    problems = list(task.shuffled(SAMPLE_SEED)[:max_problems])
+    if task.kind == "categorical":
+        return _choose(backend, tokenizer, task, problems, batch_tokens, on_progress)
+    return _generate(backend, tokenizer, task, problems, slots, on_progress)
+
+
+# --- letters --------------------------------------------------------------------------------------
+
+
+def _choose(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Conversation],
+    batch_tokens: int,
+    on_progress: Callable[[float], None],
+) -> ChatResult:
+    context = backend.config.sequence_len
+    prompts, cropped = _prompts(tokenizer, problems, context)
+    # of similar length together; ties in a fixed order
+    order = sorted(range(len(prompts)), key=lambda i: (bucket_length(len(prompts[i]), context), i))
+    correct, done = 0, 0
+    while done < len(order):
+        bucket = bucket_length(len(prompts[order[done]]), context)
+        rows = max(1, batch_tokens // bucket)
+        batch = [
+            i
+            for i in order[done : done + rows]
+            if bucket_length(len(prompts[i]), context) == bucket
+        ]
+        logits = _last_logits(backend, [prompts[i] for i in batch], rows, bucket)
+        for i, row in zip(batch, logits, strict=True):
+            letters = problems[i]["letters"]
+            ids = [_letter_id(tokenizer, letter) for letter in letters]
+            correct += task.evaluate(problems[i], letters[int(np.argmax(row[ids]))])
+        done += len(batch)
+        on_progress(done / len(order))
+    return ChatResult(task.name, task.kind, task.baseline, len(problems), correct, cropped)
+
+
+def _last_logits(
+    backend: Backend, prompts: Sequence[Sequence[int]], rows: int, bucket: int
+) -> np.ndarray:
+    """(len(prompts), V): the logits after each prompt, all padded to one shape."""
+    inputs, positions = np.zeros((rows, bucket), np.int32), np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        inputs[row, : len(prompt)] = prompt
+        positions[row] = len(prompt) - 1
+    return backend.logits(inputs, positions)[: len(prompts)]
+
+
+def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
+    (id,) = tokenizer.encode(letter)  # a byte is a token of every byte-level vocabulary
+    return id
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _generate(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Conversation],
+    slots: int,
+    on_progress: Callable[[float], None],
+) -> ChatResult:
+    engine = Engine(backend, tokenizer, slots=slots)
+    room = min(task.max_tokens, engine.max_length // 2)
+    prompts, cropped = _prompts(tokenizer, problems, engine.max_length - room)
+    params = SamplingParams(max_tokens=room, temperature=0.0)
+    replies = _complete(engine, [Request(ids, params) for ids in prompts], on_progress)
+    correct = sum(
+        task.evaluate(problem, reply.text) for problem, reply in zip(problems, replies, strict=True)
+    )
+    return ChatResult(
+        task.name,
+        task.kind,
+        task.baseline,
+        len(problems),
+        correct,
+        cropped,
+        ended=sum(reply.finish_reason == "stop" for reply in replies),
+        called=sum(
+            any(part["type"] == "python_output" for part in reply.parts) for reply in replies
+        ),
+    )
+
+
+def _complete(
+    engine: Engine, requests: Sequence[Request], on_progress: Callable[[float], None]
+) -> list[Completion]:
+    """`Engine.complete`, telling how far it is."""
+    numbers = [engine.submit(request) for request in requests]
+    replies = {number: Completion(number, 0) for number in numbers}
+    done = 0
+    while engine.busy:
+        for event in engine.step():
+            replies[event.request].add(event)
+            done += event.finish_reason is not None
+        on_progress(done / len(requests))
+    return list(replies.values())
+
+
+def _prompts(
+    tokenizer: Tokenizer, problems: Sequence[Conversation], most: int
+) -> tuple[list[list[int]], int]:
+    """Every prompt in at most `most` tokens, and how many had to be cropped for that.
+
+    What is cropped is the beginning of the text, after bos: a question ends with what is asked.
+    """
+    prompts = [render_for_completion(tokenizer, problem) for problem in problems]
+    fitting = [
+        ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]] for ids in prompts
+    ]
+    return fitting, sum(len(ids) > most for ids in prompts)

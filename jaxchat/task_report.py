@@ -1,0 +1,107 @@
+"""Chat evaluations in the report: a section a stage, and one that lays the stages side by side.
+
+The sections are the data: a stage's table is kept with its report, a later run for some tasks
+replaces these rows only, and the comparison is drawn from all tables that are there.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from jaxchat.report import MODELS, KeyValues, Section, Table, Value
+from jaxchat.task_eval import ChatResult
+
+COLUMNS = (
+    "task",
+    "kind",
+    "problems",
+    "accuracy",
+    "low",
+    "high",
+    "guessing",
+    "centred",
+    "ended",
+    "called",
+    "note",
+)
+
+CAPTION = (
+    "low and high bound the accuracy with 95% confidence (Wilson); centred is the accuracy above "
+    "guessing, 1 for perfect; ended and called are the shares of generated replies that ended by "
+    "themselves and that got an answer from the calculator"
+)
+
+
+def section_name(source: str) -> str:
+    """The report's name for the chat evaluation of a stage's model."""
+    return f"chat_eval_{source}"
+
+
+def result_table(results: Sequence[ChatResult]) -> Table:
+    """One row a task."""
+    return Table(COLUMNS, [_row(result) for result in results], CAPTION)
+
+
+def with_earlier_rows(
+    table: Table, facts: Mapping[str, Value], sections: Sequence[Section], source: str
+) -> Table:
+    """`table`, and the rows of other tasks that the same model was given before.
+
+    The same model: the section's `facts` are the same.
+    """
+    earlier = next((s for s in sections if s.stage == section_name(source)), None)
+    if earlier is None or not any(
+        isinstance(part, KeyValues) and dict(part.values) == dict(facts) for part in earlier.parts
+    ):
+        return table
+    fresh = {row[0] for row in table.rows}
+    kept = [row for row in _result_rows(earlier) if row[0] not in fresh]
+    return Table(COLUMNS, [*kept, *table.rows], CAPTION)
+
+
+def side_by_side(sections: Sequence[Section]) -> Table:
+    """Accuracy with its interval by task (rows) and stage (columns)."""
+    found = {source: _rows_of(sections, source) for source in MODELS}
+    sources = [source for source in MODELS if found[source]]
+    tasks = dict.fromkeys(name for source in sources for name in found[source])
+    rows = [[task, *(_cell(found[source].get(task)) for source in sources)] for task in tasks]
+    caption = "accuracy in percent [95% confidence interval] of problems; * is above guessing"
+    return Table(["task", *sources], rows, caption)
+
+
+def _row(result: ChatResult) -> list[Value]:
+    if result.skipped is not None:
+        empty: list[Value] = [None] * (len(COLUMNS) - 4)
+        return [result.name, result.kind, 0, *empty, f"skipped: {result.skipped}"]
+    low, high = result.interval
+    shares = (
+        None if count is None else count / result.problems
+        for count in (result.ended, result.called)
+    )
+    note = f"{result.cropped} prompts cropped" if result.cropped else ""
+    numbers = (result.accuracy, low, high, result.baseline, result.centered)
+    return [result.name, result.kind, result.problems, *numbers, *shares, note]
+
+
+def _rows_of(sections: Sequence[Section], source: str) -> dict[str, Sequence[Value]]:
+    rows = {}
+    for section in sections:
+        if section.stage == section_name(source):
+            rows = {str(row[0]): row for row in _result_rows(section)}
+    return rows
+
+
+def _result_rows(section: Section) -> list[Sequence[Value]]:
+    tables = [part for part in section.parts if isinstance(part, Table)]
+    return [row for table in tables if tuple(table.columns) == COLUMNS for row in table.rows]
+
+
+def _cell(row: Sequence[Value] | None) -> str | None:
+    if row is None:
+        return None
+    facts = dict(zip(COLUMNS, row, strict=True))
+    accuracy, low, high, guessing = (facts[n] for n in ("accuracy", "low", "high", "guessing"))
+    if not all(isinstance(x, int | float) for x in (accuracy, low, high, guessing)):
+        return str(facts["note"])
+    assert isinstance(accuracy, int | float) and isinstance(low, int | float)
+    assert isinstance(high, int | float) and isinstance(guessing, int | float)
+    mark = " *" if low > guessing else ""
+    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {facts['problems']}{mark}"

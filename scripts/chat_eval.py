@@ -1,0 +1,158 @@
+"""How well a chat model answers: multiple choice, arithmetic, code, spelling, and ChatCORE.
+
+    python -m scripts.chat_eval -i sft                      # every task of the data at hand
+    python -m scripts.chat_eval -i mid -a GSM8K -a HumanEval -x 100
+    python -m scripts.chat_eval -i sft -a "ARC-Easy|MMLU" --backend torch
+
+ChatCORE needs the hub's task sets (python -m scripts.data_download --all). Without them it asks
+what needs no network, about the embedded documentation above all, and says that this is not
+ChatCORE. The report shows the stages side by side.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as ScreenTable
+
+from jaxchat import cli
+from jaxchat.artifacts import base_dir
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import LoadedModel, load_model
+from jaxchat.execution import SANDBOXES
+from jaxchat.report import KeyValues, Report, Table, Text, Value
+from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
+from jaxchat.task_report import result_table, section_name, side_by_side, with_earlier_rows
+from jaxchat.tasks.base import Task
+from jaxchat.tasks.mixtures import CHATCORE, check_source, default_source, eval_names, eval_task
+
+OFFLINE_NOTE = "offline tasks, not ChatCORE"
+"""What the mean of other tasks than ChatCORE's is called."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which model, on which tasks."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "sft"
+    """Stage of the model: base, mid, sft or rl."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Which model of the stage; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint; the newest when not set."""
+    task: Annotated[cli.repeatable[tuple[str, ...]], cli.arg(aliases=["-a"])] = ()
+    """A task's name, or several with | between; may be given several times. All when not set."""
+    data: str | None = None
+    """hub or offline: which tasks are all; the hub's when they have been downloaded."""
+    max_problems: Annotated[int | None, cli.arg(aliases=["-x"])] = None
+    """Problems of each task, drawn fairly; all when not set."""
+    batch_tokens: int = 16384
+    """Padded tokens of a forward: lower it when memory runs out."""
+    slots: int | None = None
+    """Replies generated at a time; 8 on a CPU and 64 elsewhere when not set."""
+    sandbox: str = SANDBOXES[0]
+    """Where code that the model writes runs: monty, bubblewrap or none."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+
+    def __post_init__(self) -> None:
+        numbers = ("max_problems", "batch_tokens", "slots")
+        for name in numbers:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+def main(config: Config) -> None:
+    """Evaluate, print the table, and add the stage and the comparison to the report."""
+    started = time.monotonic()
+    tasks = choose_tasks(config)
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    results = evaluate(config, model, tasks)
+    facts: dict[str, Value] = {
+        "source": config.source,
+        "model_tag": config.model_tag,
+        "step": model.meta["step"],
+        "tokenizer": model.tokenizer.fingerprint,
+        "max_problems": config.max_problems,
+    }
+    report = Report(base_dir())
+    table = with_earlier_rows(result_table(results), facts, report.sections(), config.source)
+    console = Console(highlight=False, markup=False)
+    console.print(on_screen(table))
+    summary = summarize(results)
+    for name, value in summary.items():
+        console.print(f"{name}: {value:.4f}")
+    report.add(
+        section_name(config.source),
+        f"Chat evaluation ({config.source})",
+        [*(Text(f"{name}: {value:.4f}") for name, value in summary.items()), table, _facts(facts)],
+        wall_seconds=time.monotonic() - started,
+        figures=summary | {str(r[0]): r[3] for r in table.rows if isinstance(r[3], float)},
+    )
+    comparison = side_by_side(report.sections())
+    report.add("chat_eval", "Chat tasks by stage", [comparison])
+    console.print(on_screen(comparison))
+
+
+def choose_tasks(config: Config) -> list[Task]:
+    """The tasks that were asked for, or all of the data at hand; each is opened before any runs."""
+    source = config.data or default_source()
+    asked = [name.strip() for words in config.task for name in words.split("|") if name.strip()]
+    if not asked:
+        check_source(source)
+    return [eval_task(name, sandbox=config.sandbox) for name in asked or eval_names(source)]
+
+
+def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[ChatResult]:
+    """Every task in turn, with a bar for each."""
+    slots = config.slots or (8 if model.backend.devices.platform == "cpu" else 64)
+    results = []
+    with Progress() as progress:
+        for task in tasks:
+            bar = progress.add_task(task.name, total=1.0)
+            result = evaluate_chat(
+                model.backend,
+                model.tokenizer,
+                task,
+                max_problems=config.max_problems,
+                batch_tokens=config.batch_tokens,
+                slots=slots,
+                on_progress=lambda share, bar=bar: progress.update(bar, completed=share),
+            )
+            progress.update(bar, completed=1.0)
+            results.append(result)
+    return results
+
+
+def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
+    """ChatCORE when all of its tasks ran, the mean of the offline tasks when it is theirs."""
+    ran = {result.name for result in results if result.skipped is None}
+    if not ran:
+        return {}
+    if ran == set(CHATCORE):
+        return {"ChatCORE": chat_core(results)}
+    if ran <= set(CHATCORE):
+        return {f"mean of {len(ran)} of ChatCORE's {len(CHATCORE)} tasks": chat_core(results)}
+    return {f"mean centred accuracy ({OFFLINE_NOTE})": chat_core(results)}
+
+
+def on_screen(table: Table) -> ScreenTable:
+    shown = ScreenTable(*table.columns)
+    for row in table.rows:
+        cells = (f"{cell:.4f}" if isinstance(cell, float) else str(cell or "") for cell in row)
+        shown.add_row(*cells)
+    return shown
+
+
+def _facts(facts: dict[str, Value]) -> KeyValues:
+    return KeyValues(facts, "Of the model")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
