@@ -14,7 +14,7 @@ seed alone, not on devices or processes, and the state, which holds indices, res
 """
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,9 +119,7 @@ class ChatLoader(Prefetcher[Batch]):
     @property
     def stats(self) -> PackingStats:
         """Of this process's streams, for the batches handed out so far."""
-        counts = [stream["counts"] for stream in self.state()["streams"].values()]
-        names = PackingStats.__dataclass_fields__
-        return PackingStats(**{name: sum(count[name] for count in counts) for name in names})
+        return _total(stream["counts"] for stream in self.state()["streams"].values())
 
     def state(self) -> dict[str, Any]:
         """Where the batches handed out so far end: small, and ready for JSON."""
@@ -140,7 +138,14 @@ class ChatLoader(Prefetcher[Batch]):
         mine = [r % NUM_STREAMS for r in numbers if r % NUM_STREAMS in self._streams]
         inputs, targets = zip(*(self._streams[s].next_row() for s in mine), strict=True)
         self._rows += self._rows_per_batch
-        return Batch(np.stack(inputs), np.stack(targets))
+        shares = _total(stream.place().counts for stream in self._streams.values()).shares()
+        return Batch(np.stack(inputs), np.stack(targets), figures=shares)
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> PackingStats:
+    each = list(counts)
+    names = PackingStats.__dataclass_fields__
+    return PackingStats(**{name: sum(count[name] for count in each) for name in names})
 
 
 def rows_per_epoch(

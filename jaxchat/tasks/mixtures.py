@@ -30,6 +30,22 @@ CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "Spelling
 OFFLINE_EVAL = ("Documentation", "Arithmetic", "HumanEval", "SpellingBee", "SimpleSpelling")
 """What is asked without the hub's sets."""
 
+QUESTIONS = {
+    "hub": (
+        "Who are you?",
+        "What is the capital of France?",
+        "A book costs 12 dollars. How much do 7 books cost?",
+        "How many times does the letter r occur in strawberry?",
+    ),
+    "offline": (
+        "Who are you?",
+        "What does numpy.linalg.solve do?",
+        "A book costs 12 dollars. How much do 7 books cost?",
+        "How many times does the letter r occur in strawberry?",
+    ),
+}
+"""What a chat model is asked when a run shows samples, by source."""
+
 SPELLING_EVAL = 256
 """Questions of SpellingBee, as upstream."""
 

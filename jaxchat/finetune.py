@@ -1,0 +1,311 @@
+"""Midtraining and supervised finetuning: the pretraining loop on conversations.
+
+The two stages differ in what they read and where they start, so a script brings a `Lesson` and its
+defaults, and everything else is here. What the options leave open is inherited from the run that
+the weights come from: batch sizes, learning rates, optimizer. Weight decay is off, as upstream's.
+Left out: what the conversations are (tasks/) and how they are packed (chat_loader.py).
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jaxchat import runtime
+from jaxchat.artifacts import base_dir
+from jaxchat.backend import Backend
+from jaxchat.chat_loader import ChatLoader, rows_per_epoch
+from jaxchat.checkpoint import (
+    CheckpointStore,
+    LoadedModel,
+    fresh_start,
+    load_arrays,
+    load_model,
+    stage_directory,
+)
+from jaxchat.config import (
+    REFERENCE_BATCH_TOKENS,
+    OptimizerConfig,
+    SamplingParams,
+    ScheduleConfig,
+    TrainingPlan,
+    flops_per_token,
+    micro_batches,
+)
+from jaxchat.conversation import render_for_completion
+from jaxchat.engine import Engine
+from jaxchat.finetune_options import FinetuneOptions, Inherited
+from jaxchat.loss_eval import bits_per_byte
+from jaxchat.report import Report, Table
+from jaxchat.request import Request
+from jaxchat.schedule import schedule_at
+from jaxchat.tasks.base import Task, TaskSequence
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tracker import METRICS, open_tracker, read_metrics
+from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.training_report import training_parts
+
+SAMPLE_TOKENS = 64
+"""Length of the replies that a run shows."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage teaches."""
+
+    stage: str
+    """`mid` or `sft`: where its checkpoints go."""
+    script: str
+    """Name of its section in the report."""
+    title: str
+    """Heading of that section."""
+    train: TaskSequence
+    val: Task
+    questions: Sequence[str]
+    """What the model is asked when it shows samples."""
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Names and rows of what the training mixture is made of."""
+        rows = Counter[str]()
+        for task in self.train.tasks:
+            rows[task.name] += len(task)
+        return list(rows.items())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A lesson bound to a model: everything that options and source decide together."""
+
+    options: FinetuneOptions
+    lesson: Lesson
+    model: LoadedModel
+    store: CheckpointStore
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    plan: TrainingPlan
+    device_batch_size: int
+    facts: Mapping[str, Any]
+
+    @property
+    def backend(self) -> Backend:
+        return self.model.backend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def sequence_len(self) -> int:
+        return self.backend.config.sequence_len
+
+
+def finetune(options: FinetuneOptions, lesson: Lesson) -> None:
+    """Train the source's model on the lesson, save it, and add a section to the report."""
+    started = time.monotonic()
+    run = _prepare(options, lesson)
+    backend, plan = run.backend, run.plan
+    loop = LoopConfig(
+        num_iterations=plan.num_iterations,
+        micro_batches=micro_batches(
+            plan,
+            sequence_len=run.sequence_len,
+            device_batch_size=run.device_batch_size,
+            devices=backend.devices.count,
+        ),
+        flops_per_token=flops_per_token(backend.config),
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        sample_every=options.sample_every,
+    )
+    backend.start_training(run.optimizer, plan)
+    if options.warm_start:
+        load_arrays(backend, run.model.path, run.model.meta, training=True)
+    restored = run.store.restore(backend, run.facts) if options.resume == "auto" else None
+    start = restored or fresh_start()
+    _describe(run, loop, start["step"])
+    tracker = open_tracker(
+        run.store.directory,
+        run=options.run,
+        tensorboard=options.tensorboard,
+        config=asdict(options),
+        resume_step=start["step"],
+    )
+    with _loader(run, lesson.train, plan.total_batch_size, start["loader"]) as loader:
+        stage = Stage(
+            backend=backend,
+            loader=loader,
+            schedule=lambda step: schedule_at(step, run.schedule, plan),
+            store=run.store,
+            tracker=tracker,
+            meta={**run.facts, "run": start["run"], "config": _settled(run)},
+            evaluate=lambda: {"val/bpb": _validate(run)},
+            sample=lambda: _show(_sample(run)),
+        )
+        result = run_loop(
+            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+        )
+    tracker.close()
+    if result.interrupted:
+        raise SystemExit(EXIT_INTERRUPTED)
+    _report(run, result, time.monotonic() - started)
+
+
+def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
+    """Load the source and settle what the options leave open."""
+    model = load_model(
+        options.source, backend=options.backend, model_tag=options.model_tag, step=options.step
+    )
+    meta = model.meta
+    inherited = Inherited.of(meta)
+    optimizer = _optimizer(options, inherited.optimizer)
+    schedule = ScheduleConfig(
+        warmup_steps=0,
+        warmdown_ratio=options.warmdown_ratio,
+        final_lr_frac=options.final_lr_frac,
+    )
+    batch = options.total_batch_size or inherited.total_batch_size
+    length = model.backend.config.sequence_len
+    if options.num_iterations is None:
+        rows = rows_per_epoch(lesson.train, model.tokenizer, sequence_len=length)
+        steps = max(1, round(options.epochs * rows * length / batch))
+    else:
+        steps = options.num_iterations
+    plan = TrainingPlan(
+        total_batch_size=batch,
+        num_iterations=steps,
+        lr_scale=math.sqrt(batch / REFERENCE_BATCH_TOKENS),
+        weight_decay=0.0,
+        target_tokens=batch * steps,
+    )
+    facts = {
+        "tokenizer": model.tokenizer.fingerprint,
+        "source": {
+            "stage": options.source,
+            "step": meta["step"],
+            "run": meta.get("run"),
+            "warm_start": options.warm_start,
+        },
+        "data": lesson.train.fingerprint,
+        "plan": asdict(plan),
+        "optimizer": asdict(optimizer),
+        "schedule": asdict(schedule),
+        "seed": options.seed,
+    }
+    return _Run(
+        options=options,
+        lesson=lesson,
+        model=model,
+        store=CheckpointStore(
+            stage_directory(lesson.stage, model.tag), keep=options.keep_checkpoints
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        plan=plan,
+        device_batch_size=options.device_batch_size or inherited.device_batch_size,
+        facts=facts,
+    )
+
+
+def _optimizer(options: FinetuneOptions, inherited: OptimizerConfig) -> OptimizerConfig:
+    """The source's learning rates, where the options name no others, times `init_lr_frac`."""
+    base, wte, head = inherited, options.embedding_lr, options.unembedding_lr
+    if options.matrix_lr is not None:
+        base = replace(base, matrix_lr=options.matrix_lr)
+    if wte is not None:
+        base = replace(
+            base, wte=replace(base.wte, lr=wte), value_embeds=replace(base.value_embeds, lr=wte / 2)
+        )
+    if head is not None:
+        base = replace(base, lm_head=replace(base.lm_head, lr=head))
+    return base.scaled(options.init_lr_frac)
+
+
+def _settled(run: _Run) -> dict[str, Any]:
+    """The options with what was inherited filled in, for the stages after this one."""
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(run.options).items()
+    }
+    return {
+        **options,
+        "model_tag": run.model.tag,
+        "device_batch_size": run.device_batch_size,
+    }
+
+
+def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
+    plan, lesson = run.plan, run.lesson
+    parts = ", ".join(f"{name} {count:,}" for name, count in lesson.parts)
+    runtime.print0(
+        f"{lesson.title} of {run.model.tag} from {run.options.source} step "
+        f"{run.model.meta['step']} on {run.backend.devices.description} with {run.backend.name}\n"
+        f"{len(lesson.train):,} conversations ({parts})\n"
+        f"{plan.num_iterations:,} steps of {plan.total_batch_size:,} tokens "
+        f"({loop.micro_batches} micro-batches); learning rates x "
+        f"{plan.lr_scale * run.options.init_lr_frac:.3f}"
+    )
+    if start_step:
+        runtime.print0(f"continuing at step {start_step}")
+
+
+def _loader(
+    run: _Run, task: Task, batch_tokens: int, state: Mapping[str, Any] | None = None
+) -> ChatLoader:
+    return ChatLoader(
+        task,
+        run.tokenizer,
+        rows_per_batch=batch_tokens // run.sequence_len,
+        sequence_len=run.sequence_len,
+        seed=run.options.seed,
+        state=state,
+    )
+
+
+def _validate(run: _Run) -> float:
+    """Bits per byte of what the model should say, on the first `eval_tokens` of validation."""
+    tokens = run.device_batch_size * run.backend.devices.count * run.sequence_len
+    batches = max(1, run.options.eval_tokens // tokens)
+    with _loader(run, run.lesson.val, tokens) as loader:
+        return bits_per_byte(run.backend, islice(loader, batches), run.tokenizer.token_bytes)
+
+
+def _sample(run: _Run) -> list[tuple[str, str]]:
+    """Question and greedy reply, for each of the lesson's questions."""
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.0)
+    conversations = [{"messages": [{"role": "user", "content": q}]} for q in run.lesson.questions]
+    requests = [Request(render_for_completion(run.tokenizer, c), params) for c in conversations]
+    replies = Engine(run.backend, run.tokenizer).complete(requests)
+    whole = ["".join(part["text"] for part in reply.parts) for reply in replies]
+    return list(zip(run.lesson.questions, whole, strict=True))
+
+
+def _show(samples: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"  {question!r} -> {reply!r}" for question, reply in samples)
+
+
+def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:
+    """Add the section: what was taught, the curves, and what the model answers."""
+    samples = _sample(run)  # every process takes part in this
+    if not runtime.is_first_process():
+        return
+    rows = read_metrics(run.store.directory / METRICS)
+    settings = _settled(run) | {"hardware": run.backend.devices.description}
+    parts, figures = training_parts(rows, settings, asdict(run.plan), samples, result.train_seconds)
+    mixture = Table(["conversations of", "rows"], run.lesson.parts, "The mixture")
+    Report(base_dir()).add(
+        run.lesson.script,
+        run.lesson.title,
+        [mixture, *parts],
+        wall_seconds=wall_seconds,
+        figures=figures,
+    )
+    runtime.print0(
+        f"{run.model.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "
+        f"validation {figures['val bpb']:.4f} bits per byte, "
+        f"saved in {run.store.path(result.step)}"
+    )

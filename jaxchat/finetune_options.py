@@ -1,0 +1,94 @@
+"""What midtraining and finetuning can be told, and what they take over when they are not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from jaxchat import cli
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.config import REFERENCE_BATCH_TOKENS, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Options that midtraining and finetuning share; None inherits from the source's run."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    """Stage of the model to start from: base, mid, sft or rl."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Which model of that stage, and the name of the result; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint to start from; the newest when not set."""
+
+    num_iterations: int | None = None
+    """Optimizer steps; as many as `epochs` take when not set."""
+    epochs: float = 1.0
+    """Passes over the mixture."""
+    device_batch_size: int | None = None
+    """Rows per device and micro-batch: lower it when memory runs out."""
+    total_batch_size: int | None = None
+    """Tokens per optimizer step."""
+    embedding_lr: float | None = None
+    """Learning rate of the token embedding (AdamW)."""
+    unembedding_lr: float | None = None
+    """Learning rate of the output head (AdamW)."""
+    matrix_lr: float | None = None
+    """Learning rate of the matrices (Muon)."""
+    init_lr_frac: float = 1.0
+    """Factor on every learning rate."""
+    warmdown_ratio: float = 0.5
+    """Share of the run over which the learning rate falls."""
+    final_lr_frac: float = 0.0
+    """Where the learning rate ends."""
+    warm_start: bool = False
+    """Continue with the optimizer state of the source's run, not a fresh one."""
+
+    eval_every: int = 150
+    """Steps between evaluations on the validation conversations."""
+    eval_tokens: int = 20 * 2**19
+    """Validation tokens per evaluation."""
+    sample_every: int | None = None
+    """Steps between samples."""
+    save_every: int | None = None
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest first."""
+    resume: str = "auto"
+    """auto: continue what is there; never: start anew."""
+    seed: int = 42
+    """Seed of the order of the conversations."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+    run: str | None = None
+    """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"--resume {self.resume}: choose auto or never")
+        if self.epochs <= 0 or self.init_lr_frac <= 0:
+            raise ValueError(
+                f"epochs={self.epochs} and init_lr_frac={self.init_lr_frac} must be above 0"
+            )
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a checkpoint says of the run that made it; the project's defaults where it says nothing,
+    as an imported one does."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    total_batch_size: int = REFERENCE_BATCH_TOKENS
+    device_batch_size: int = 32
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> "Inherited":
+        known: dict[str, Any] = {}
+        if "optimizer" in meta:
+            known["optimizer"] = OptimizerConfig.from_dict(meta["optimizer"])
+        if "plan" in meta:
+            known["total_batch_size"] = meta["plan"]["total_batch_size"]
+        if "device_batch_size" in meta.get("config", {}):
+            known["device_batch_size"] = meta["config"]["device_batch_size"]
+        return cls(**known)

@@ -1,0 +1,277 @@
+"""Reinforcement learning on word problems: the model keeps what led to right answers.
+
+    python -m scripts.chat_rl                    # GSM8K, the deepest finetuned model, one pass
+    python -m scripts.chat_rl --data offline --questions 4 --samples 8 --num-iterations 50
+
+Every step answers some questions several times with the weights of that moment, pays 1 for a right
+answer, and makes each token of a reply as much likelier as its reply was better than the mean of
+its question. Rates fall from a twentieth of the base run's to zero. The same command continues a
+run that was stopped or killed.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+from jaxchat import cli, runtime
+from jaxchat.artifacts import base_dir
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import (
+    CheckpointStore,
+    LoadedModel,
+    fresh_start,
+    load_model,
+    stage_directory,
+)
+from jaxchat.config import (
+    REFERENCE_BATCH_TOKENS,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingPlan,
+    flops_per_token,
+)
+from jaxchat.finetune_options import Inherited
+from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
+from jaxchat.report import Curve, KeyValues, Part, Report
+from jaxchat.schedule import schedule_at
+from jaxchat.tasks.base import Task
+from jaxchat.tasks.mixtures import default_source, rl_tasks
+from jaxchat.tracker import METRICS, open_tracker, read_metrics
+from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.training_report import series
+
+SCHEDULE = ScheduleConfig(warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0)
+"""Straight down to zero."""
+
+PASS_AT = (1, 2, 4, 8)
+"""k of the pass@k that are reported."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of reinforcement learning."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "sft"
+    """Stage of the model to start from: base, mid, sft or rl."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Which model of that stage, and the name of the result; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint to start from; the newest when not set."""
+    data: str | None = None
+    """hub (GSM8K) or offline (generated problems); the hub's when it has been downloaded."""
+
+    num_iterations: int | None = None
+    """Optimizer steps; one pass over the questions when not set."""
+    questions: int = RolloutConfig.questions
+    """Questions of one optimizer step."""
+    samples: int = RolloutConfig.samples
+    """Replies to each question."""
+    max_tokens: int = RolloutConfig.max_tokens
+    """Longest reply."""
+    temperature: float = RolloutConfig.temperature
+    top_k: int = RolloutConfig.top_k
+    slots: int = RolloutConfig.slots
+    """Replies written at the same time: lower it when memory runs out."""
+    device_batch_size: int = 8
+    """Rollouts per device and micro-batch: lower it when memory runs out."""
+    lr_frac: float = 0.05
+    """Share of the base run's learning rates to start with."""
+
+    eval_every: int = 60
+    """Steps between measurements of pass@k."""
+    eval_questions: int = 400
+    """Held-out questions of a measurement."""
+    eval_samples: int = 8
+    """Replies to each of them."""
+    save_every: int | None = 60
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest first."""
+    resume: str = "auto"
+    """auto: continue what is there; never: start anew."""
+    seed: int = 42
+    """Seed of the order of the questions and of every reply."""
+    backend: str = DEFAULT_BACKEND
+    """jax or torch."""
+    run: str | None = None
+    """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"--resume {self.resume}: choose auto or never")
+        self.rollouts()
+
+    def rollouts(self) -> RolloutConfig:
+        """ValueError, naming it, for a value out of range."""
+        return RolloutConfig(
+            questions=self.questions,
+            samples=self.samples,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            slots=self.slots,
+        )
+
+
+def main(config: Config) -> None:
+    """Train, measure, and add a section to the report."""
+    started = time.monotonic()
+    source = config.data or default_source()
+    task, judged = rl_tasks(source)
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    plan, optimizer = plan_of(config, model, task)
+    loop = loop_of(config, model, plan)
+    facts = facts_of(config, model, task, plan, optimizer)
+    store = CheckpointStore(stage_directory("rl", model.tag), keep=config.keep_checkpoints)
+    model.backend.start_training(optimizer, plan)
+    restored = store.restore(model.backend, facts) if config.resume == "auto" else None
+    start = restored or fresh_start()
+    runtime.print0(
+        f"reinforcement learning of {model.tag} from {config.source} step {model.meta['step']} on "
+        f"{len(task):,} questions of {task.name}: {plan.num_iterations:,} steps of "
+        f"{config.questions} x {config.samples} replies on {model.backend.devices.description}"
+    )
+    tracker = open_tracker(
+        store.directory,
+        run=config.run,
+        tensorboard=config.tensorboard,
+        config=asdict(config),
+        resume_step=start["step"],
+    )
+    with RolloutLoader(
+        task,
+        model.backend,
+        model.tokenizer,
+        config.rollouts(),
+        seed=config.seed,
+        state=start["loader"],
+    ) as loader:
+        stage = Stage(
+            backend=model.backend,
+            loader=loader,
+            schedule=lambda step: schedule_at(step, SCHEDULE, plan),
+            store=store,
+            tracker=tracker,
+            meta=facts | {"run": start["run"], "config": asdict(config)},
+            evaluate=lambda: measure(config, model, judged),
+        )
+        result = run_loop(
+            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+        )
+    tracker.close()
+    if result.interrupted:
+        raise SystemExit(EXIT_INTERRUPTED)
+    if runtime.is_first_process():
+        report(config, model, task, store, result, time.monotonic() - started)
+
+
+def plan_of(config: Config, model: LoadedModel, task: Task) -> tuple[TrainingPlan, OptimizerConfig]:
+    """How long, and the base run's rates at `lr_frac`; no weight decay."""
+    inherited = Inherited.of(model.meta)
+    steps = config.num_iterations or max(1, len(task) // config.questions)
+    plan = TrainingPlan(
+        total_batch_size=inherited.total_batch_size,
+        num_iterations=steps,
+        lr_scale=math.sqrt(inherited.total_batch_size / REFERENCE_BATCH_TOKENS),
+        weight_decay=0.0,
+        target_tokens=0,  # known only once they have been written
+    )
+    return plan, inherited.optimizer.scaled(config.lr_frac)
+
+
+def loop_of(config: Config, model: LoadedModel, plan: TrainingPlan) -> LoopConfig:
+    rows, devices = config.rollouts().rows, model.backend.devices.count
+    micro = config.device_batch_size * devices
+    if rows % micro:
+        raise ValueError(
+            f"{config.questions} questions x {config.samples} samples = {rows} rollouts are not a "
+            f"multiple of device_batch_size={config.device_batch_size} x {devices} device(s); use "
+            f"--device-batch-size {math.gcd(rows, micro) // devices or 1}"
+        )
+    return LoopConfig(
+        num_iterations=plan.num_iterations,
+        micro_batches=rows // micro,
+        flops_per_token=flops_per_token(model.backend.config),
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+    )
+
+
+def facts_of(
+    config: Config, model: LoadedModel, task: Task, plan: TrainingPlan, optimizer: OptimizerConfig
+) -> dict[str, Any]:
+    """What a run is made of: a checkpoint of other facts is another run's."""
+    return {
+        "tokenizer": model.tokenizer.fingerprint,
+        "source": {
+            "stage": config.source,
+            "step": model.meta["step"],
+            "run": model.meta.get("run"),
+        },
+        "data": task.fingerprint,
+        "plan": asdict(plan),
+        "optimizer": asdict(optimizer),
+        "rollouts": asdict(config.rollouts()),
+        "seed": config.seed,
+    }
+
+
+def measure(config: Config, model: LoadedModel, judged: Task) -> Mapping[str, float]:
+    """pass@k on held-out questions."""
+    found = pass_at_k(
+        judged,
+        model.backend,
+        model.tokenizer,
+        replace(config.rollouts(), samples=config.eval_samples),
+        questions=config.eval_questions,
+        ks=PASS_AT,
+    )
+    return {f"val/{name}": value for name, value in found.items()}
+
+
+def report(
+    config: Config,
+    model: LoadedModel,
+    task: Task,
+    store: CheckpointStore,
+    result: LoopResult,
+    wall_seconds: float,
+) -> None:
+    """Add the section: the reward and pass@k over the run."""
+    rows = read_metrics(store.directory / METRICS)
+    passes = {k: series(rows, f"val/pass@{k}") for k in PASS_AT}
+    passes = {k: line for k, line in passes.items() if line[0]}
+    first, last = ({f"pass@{k}": line[1][i] for k, line in passes.items()} for i in (0, -1))
+    parts: list[Part] = [
+        KeyValues({name: f"{first[name]:.4f} -> {last[name]:.4f}" for name in last}, "Outcome"),
+        Curve("Reward", "step", "mean reward of a step", {task.name: series(rows, "train/reward")}),
+        Curve(
+            "Held-out questions",
+            "step",
+            "chance that one of k replies is right",
+            {f"pass@{k}": line for k, line in passes.items()},
+        ),
+        KeyValues({name: str(value) for name, value in asdict(config).items()}, "Options"),
+    ]
+    Report(base_dir()).add(
+        "chat_rl",
+        f"Reinforcement learning ({task.name})",
+        parts,
+        wall_seconds=wall_seconds,
+        figures=last,
+    )
+    shown = ", ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last)
+    runtime.print0(
+        f"{model.tag}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; saved in "
+        f"{store.path(result.step)}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,54 @@
+"""Supervised finetuning: fewer and better conversations, on top of midtraining.
+
+    python -m scripts.chat_sft                   # the deepest midtrained model, one pass
+    python -m scripts.chat_sft --source base --data offline
+
+Reads the hub's task sets when they have been downloaded (python -m scripts.data_download --all)
+and offline tasks otherwise. Batch sizes and learning rates are those of the source's run unless
+given.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from jaxchat import cli
+from jaxchat.finetune import Lesson, finetune
+from jaxchat.finetune_options import FinetuneOptions
+from jaxchat.tasks.customjson import IDENTITY
+from jaxchat.tasks.mixtures import QUESTIONS, default_source, sft_mixture, validation_mixture
+
+
+@dataclass(frozen=True)
+class Config(FinetuneOptions):
+    """Every option of finetuning."""
+
+    source: Annotated[str, cli.arg(aliases=["-i"])] = "mid"
+    """Stage of the model to start from: base, mid, sft or rl."""
+    init_lr_frac: float = 0.2
+    """Factor on every learning rate: midtraining has already come down from its peak."""
+    warmdown_ratio: float = 1.0
+    """Share of the run over which the learning rate falls."""
+
+    data: str | None = None
+    """hub or offline: where the tasks come from; the hub's when they have been downloaded."""
+    identity: Path = IDENTITY
+    """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
+
+
+def main(config: Config) -> None:
+    """Train on the mixture, and add a section to the report."""
+    source = config.data or default_source()
+    lesson = Lesson(
+        stage="sft",
+        script="chat_sft",
+        title=f"Supervised finetuning ({source} tasks)",
+        train=sft_mixture(source, identity=config.identity),
+        val=validation_mixture(source),
+        questions=QUESTIONS[source],
+    )
+    finetune(config, lesson)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
