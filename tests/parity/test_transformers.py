@@ -158,7 +158,7 @@ def test_padding_does_not_change_a_row(exported, parity):
     parity("transformers: logits of a padded row", max_abs(logits[1, 50:], expected), 1e-5)
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_greedy_text_is_ours(exported, count):
     """`generate` with its cache on a batch of two padded prompts; ours re-reads everything."""
     prompts = [exported.tokenizer.encode(TEXTS[0]), exported.tokenizer.encode("The text")]
