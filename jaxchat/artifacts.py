@@ -96,6 +96,29 @@ def hub_file(repo: str, filename: str, *, timeout: float = 30.0) -> Remote:
     return Remote(url, int(size) if size else None, etag if len(etag) == 64 else None)
 
 
+def hub_folder(repo: str, folder: str, *, timeout: float = 30.0) -> dict[str, Remote]:
+    """The files of a folder of a data set by name, with the sizes and hashes that the hub states.
+
+    FileNotFoundError, with the remedy, when the hub says no; OSError when it cannot be reached.
+    """
+    url = f"{_hub_endpoint()}/api/datasets/{repo}/tree/main/{folder}"
+    try:
+        answer = requests.get(url, headers=_auth(url), timeout=timeout)
+        if answer.status_code in FINAL_STATUS:
+            raise FileNotFoundError(f"{url}: {FINAL_STATUS[answer.status_code]}")
+        answer.raise_for_status()
+        listed = answer.json()
+    except requests.RequestException as error:
+        raise OSError(f"{url} cannot be listed: {error}") from error
+    return {
+        entry["path"].rpartition("/")[2]: Remote(
+            hub_url(repo, entry["path"]), entry["size"], entry.get("lfs", {}).get("oid")
+        )
+        for entry in listed
+        if entry["type"] == "file"
+    }
+
+
 def download(
     remote: Remote,
     path: Path,

@@ -1,4 +1,4 @@
-"""Fetch the data: hub shards, or the embedded corpus of the installed libraries.
+"""Fetch the data: hub shards, the sets of the chat tasks, or the embedded corpus.
 
     python -m scripts.data_download -n 8                    # ClimbMix: 8 shards and validation
     python -m scripts.data_download --dataset embedded      # no network
@@ -28,9 +28,11 @@ from rich.progress import (
 )
 
 from jaxchat import cli
-from jaxchat.artifacts import Remote, base_dir, download, file_sha256, hub_file
+from jaxchat.artifacts import Remote, base_dir, download, file_sha256, hub_file, hub_folder
 from jaxchat.dataset import HUB_DATASETS, HubDataset, open_corpus
 from jaxchat.report import KeyValues, Report
+from jaxchat.tasks.hub import HUB_SETS
+from jaxchat.tasks.words import WORDS_URL, words_path
 
 EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """The CORE tasks as upstream packs them."""
@@ -49,7 +51,7 @@ class Config:
     verify: bool = False
     """Read everything back and compare it with the hub's sizes and hashes."""
     all: bool = False
-    """Fetch the evaluation bundle too."""
+    """Fetch the evaluation bundle and the sets of the chat tasks too."""
 
     def __post_init__(self) -> None:
         if self.dataset not in (*HUB_DATASETS, "embedded"):
@@ -71,6 +73,8 @@ class Item:
     repo: str | None = None
     """The hub's repository; None for a plain URL."""
     url: str = ""
+    remote: Remote | None = None
+    """What the hub has said of it, when it has been asked already."""
 
 
 def main(config: Config) -> None:
@@ -79,6 +83,7 @@ def main(config: Config) -> None:
     items = [] if config.dataset == "embedded" else shards(config)
     if config.all:
         items.append(Item("eval_bundle.zip", base_dir() / "eval_bundle.zip", url=EVAL_BUNDLE_URL))
+        items += task_sets()
     if items:
         fetch(items, config, console)
     if config.all:
@@ -104,6 +109,21 @@ def shards(config: Config) -> list[Item]:
     numbers = [*range(min(wanted, dataset.last_shard)), dataset.last_shard]
     names = [dataset.filename(number) for number in numbers]
     return [Item(name, dataset.directory / name, repo=dataset.repo) for name in names]
+
+
+def task_sets() -> list[Item]:
+    """The files of the chat tasks' sets and the word list."""
+    items = [Item(words_path().name, words_path(), url=WORDS_URL)]
+    for hub_set in HUB_SETS.values():
+        listed = hub_folder(hub_set.repo, hub_set.folder)
+        wanted = [name for name in sorted(listed) if hub_set.wants(name)]
+        if not wanted:
+            raise FileNotFoundError(
+                f"{hub_set.repo}/{hub_set.folder} lists no parquet file of "
+                f"{' or '.join(hub_set.splits)}; the data set may have been moved"
+            )
+        items += [Item(name, hub_set.directory / name, remote=listed[name]) for name in wanted]
+    return items
 
 
 def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
@@ -135,7 +155,7 @@ def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> None:
     """One file, its bytes added to the bar."""
     if item.path.exists() and not verify:
         return
-    remote = hub_file(item.repo, item.name) if item.repo else Remote(item.url)
+    remote = item.remote or (hub_file(item.repo, item.name) if item.repo else Remote(item.url))
     if item.path.exists() and not sound(item.path, remote):
         item.path.unlink()
     if item.path.exists():

@@ -318,7 +318,7 @@ def test_the_rows_of_a_pass_are_foreseen():
 @pytest.mark.parametrize("name", ["chat/oasst_en100.jsonl", "chat/self_instruct_human.jsonl"])
 def test_real_chats_pack_with_little_padding(name):
     lines = (DATA / name).read_text().splitlines()
-    task = Given([json.loads(line) for line in lines])
+    task = Given([json.loads(line) for line in lines] * 20)  # a buffer as full as in training
     loader = loader_of(task, sequence_len=2048)
     with loader:
         while loader.epoch < 2:

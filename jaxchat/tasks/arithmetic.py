@@ -30,7 +30,7 @@ class Arithmetic(Task):
 
     name = "Arithmetic"
     kind: Kind = "generative"
-    max_tokens = 96
+    max_tokens = 128
 
     def __init__(self, split: str, size: int, *, kinds: Sequence[str] | None = None) -> None:
         """`kinds` are of `KINDS`; all of them when None."""

@@ -94,12 +94,15 @@ class DocumentationChoice(MultipleChoice):
 
     def __init__(self, split: str) -> None:
         self._entries, self._split = entries(split), split
-        self._libraries = sorted({entry.library for entry in self._entries})
+        parameters = {name for entry in self._entries for name in entry.parameters}
+        libraries = {entry.library for entry in self._entries}
         self._questions = [
             (number, question)
             for number, entry in enumerate(self._entries)
-            for question in range(len(_QUESTIONS))
-            if _QUESTIONS[question] is not _which_parameter or entry.parameters
+            for question, ask in enumerate(_QUESTIONS)
+            if len(self._entries) >= CHOICES
+            and (ask is not _which_library or len(libraries) >= CHOICES)
+            and (ask is not _which_parameter or _has_foreign(entry, parameters))
         ]
 
     def _examples(self) -> int:
@@ -248,6 +251,11 @@ def _which_parameter(entry: Entry, all_: Sequence[Entry], rng: random.Random) ->
 
     asked = f'Which one is a parameter of {entry.name}? "{entry.summary}"'
     return asked, right, _others(right, foreign)
+
+
+def _has_foreign(entry: Entry, parameters: set[str]) -> bool:
+    """Whether it has parameters, and there are enough that it does not have."""
+    return bool(entry.parameters) and len(parameters - {*entry.parameters}) >= CHOICES - 1
 
 
 def _others(right: str, draw: Callable[[], str]) -> list[str]:

@@ -1,0 +1,279 @@
+"""Chat evaluation: batched letters against one prompt at a time, generation against a script."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from jaxchat import task_report
+from jaxchat.backend import backend_class
+from jaxchat.conversation import render, render_for_completion
+from jaxchat.jax_backend import JaxBackend
+from jaxchat.params import split
+from jaxchat.report import KeyValues, Section, Table
+from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat, wilson
+from jaxchat.tasks.arithmetic import Arithmetic
+from jaxchat.tasks.base import MultipleChoice, Task, ask_choice
+from jaxchat.tasks.humaneval import HumanEval
+from jaxchat.tokenizer import Tokenizer
+from tests.models import MODERN, make_perturbed
+from tests.scripted import ScriptedBackend
+
+TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
+CONFIG = replace(MODERN, n_layer=2, vocab_size=TOKENIZER.vocab_size)
+
+
+class Choices(MultipleChoice):
+    """Questions of different lengths, with two to five choices."""
+
+    name = "choices"
+
+    def _examples(self):
+        return 12
+
+    def _example(self, index):
+        return ask_choice("x" * (index * 17 % 140), list("abcde"[: 2 + index % 4]), index % 2)
+
+    def _identity(self):
+        return "choices"
+
+
+class OneLine(MultipleChoice):
+    """A question that is longer than the model's context."""
+
+    name = "long"
+
+    def _examples(self):
+        return 3
+
+    def _example(self, index):
+        return ask_choice("y" * 1000, ["no", "yes"], 1)
+
+    def _identity(self):
+        return "long"
+
+
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def backend(request):
+    backend = backend_class(request.param)(CONFIG, dtype="float32")
+    _, params = split(make_perturbed(CONFIG, scale=0.3))
+    backend.set_params({name: np.asarray(value) for name, value in params.items()})
+    return backend
+
+
+def evaluate(backend, task, **changes):
+    options = {"max_problems": None, "batch_tokens": 1024, "slots": 4}
+    return evaluate_chat(backend, TOKENIZER, task, **(options | changes))
+
+
+def test_logits_are_those_of_a_prefill(backend):
+    """The batch is padded and its rows end at different places; a prompt alone is the oracle."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, n).astype(np.int32) for n in (1, 5, 37, 64)]
+    inputs = np.zeros((4, 64), np.int32)
+    for row, prompt in enumerate(prompts):
+        inputs[row, : len(prompt)] = prompt
+    positions = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    logits = backend.logits(inputs, positions)
+    assert logits.shape == (4, CONFIG.vocab_size)
+    assert logits.dtype == np.float32
+    for row, prompt in enumerate(prompts):
+        _, alone = backend.prefill(backend.new_cache(1, 256), 0, prompt, 0)
+        np.testing.assert_allclose(logits[row], alone, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 512, 4096])
+def test_batched_letters_are_those_of_one_prompt_at_a_time(backend, batch_tokens):
+    task = Choices()
+    correct = 0
+    for problem in task:
+        ids = np.array(render_for_completion(TOKENIZER, problem), np.int32)
+        _, logits = backend.prefill(backend.new_cache(1, 256), 0, ids[-256:], 0)
+        scores = [logits[ord(letter)] for letter in problem["letters"]]
+        gold = problem["letters"].index(problem["messages"][1]["content"])
+        correct += int(np.argmax(scores)) == gold
+    result = evaluate(backend, task, batch_tokens=batch_tokens)
+    assert (result.problems, result.correct) == (12, correct)
+    assert 0 < correct < 12
+    assert (result.ended, result.called, result.skipped) == (None, None, None)
+
+
+def test_letters_compile_a_handful_of_shapes():
+    backend = JaxBackend(CONFIG, dtype="float32")
+    backend.init(0)
+    before = backend._logits._cache_size()  # of this function, whoever called it
+    for _ in range(2):
+        evaluate(backend, Choices(), batch_tokens=768)
+    assert backend._logits._cache_size() - before <= 3  # 64, 128, 256 tokens
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end(backend):
+    result = evaluate(backend, OneLine())
+    assert (result.problems, result.cropped) == (3, 3)
+
+
+def test_a_limit_takes_a_fair_and_fixed_sample(backend):
+    shares = []
+    first, second = (
+        evaluate(backend, Choices(), max_problems=5, on_progress=shares.append) for _ in range(2)
+    )
+    assert first == second
+    assert first.problems == 5
+    assert shares[-1] == 1.0
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def parrot(task, *, wrong=()):
+    """A model that knows the answers by heart and calls the tool where they do."""
+    replies = {}
+    for number, problem in enumerate(task):
+        prompt = tuple(render_for_completion(TOKENIZER, problem))
+        ids, _ = render(TOKENIZER, problem)
+        answer = ids[len(prompt) :]
+        replies[prompt] = answer[-1:] if number in wrong else answer
+
+    def next_token(held):
+        for prompt, answer in replies.items():
+            if tuple(held[: len(prompt)]) == prompt:
+                said = len(held) - len(prompt)
+                return answer[said] if said < len(answer) else 0
+        raise AssertionError("a prompt that no problem has")
+
+    config = replace(CONFIG, sequence_len=512)
+    return ScriptedBackend(config, next_token)
+
+
+def test_replies_are_generated_together_and_judged_by_the_task():
+    task = Arithmetic("test", 12, kinds=["expression"])
+    order = list(task.shuffled(1337))
+    backend = parrot(order, wrong={2, 5, 7})
+    shares = []
+    result = evaluate(backend, task, on_progress=shares.append)
+    assert (result.name, result.kind) == ("Arithmetic", "generative")
+    assert (result.problems, result.correct, result.ended) == (12, 9, 12)
+    assert result.called == 9  # the wrong ones say nothing at all
+    assert max(backend.dispatches) == 4
+    assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_a_reply_that_does_not_end_is_counted():
+    task = Arithmetic("test", 5)
+    backend = ScriptedBackend(replace(CONFIG, sequence_len=512), lambda held: ord("x"))
+    result = evaluate(backend, task)
+    assert (result.correct, result.ended, result.called) == (0, 0, 0)
+
+
+def test_a_task_without_a_sandbox_is_skipped_and_says_so(backend):
+    result = evaluate(backend, HumanEval(sandbox="none"))
+    assert result.skipped == "no sandbox: no sandbox was asked for"
+    assert math.isnan(result.accuracy)
+
+
+def test_what_cannot_be_judged_is_refused(backend):
+    class Talk(Task):
+        name = "talk"
+
+        def _examples(self):
+            return 1
+
+        def _example(self, index):
+            return {}
+
+        def _identity(self):
+            return ""
+
+    with pytest.raises(ValueError, match="talk is for training only"):
+        evaluate(backend, Talk())
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "problems"), [(0, 10), (10, 10), (5, 10), (1, 1000), (300, 1000)]
+)
+def test_intervals_are_wilsons(correct, problems):
+    """Against scipy."""
+    expected = binomtest(correct, problems).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, problems) == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+@given(st.integers(0, 500), st.integers(1, 500))
+def test_an_interval_holds_its_share(correct, problems):
+    correct = min(correct, problems)
+    low, high = wilson(correct, problems)
+    assert 0 <= low <= correct / problems <= high <= 1
+    assert low < high
+
+
+def test_intervals_of_nothing_are_nothing():
+    assert all(math.isnan(bound) for bound in wilson(0, 0))
+
+
+def test_chatcore_is_the_mean_above_guessing():
+    results = [
+        ChatResult("ARC-Easy", "categorical", 0.25, 100, 40),
+        ChatResult("GSM8K", "generative", 0.0, 10, 3),
+        ChatResult("HumanEval", "generative", 0.0, skipped="no sandbox"),
+    ]
+    assert chat_core(results) == pytest.approx(((0.40 - 0.25) / 0.75 + 0.3) / 2)
+    assert math.isnan(chat_core(results[2:]))
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def section(source, results, facts):
+    parts = [task_report.result_table(results), KeyValues(facts)]
+    return Section(task_report.section_name(source), "t", parts, "now")
+
+
+FACTS = {"step": 10, "max_problems": None}
+MID = section(
+    "mid",
+    [
+        ChatResult("Documentation", "categorical", 0.25, 1000, 260),
+        ChatResult("HumanEval", "generative", 0.0, skipped="no sandbox: none"),
+    ],
+    FACTS,
+)
+
+
+def test_stages_stand_side_by_side():
+    sft = section(
+        "sft",
+        [
+            ChatResult("Documentation", "categorical", 0.25, 1000, 400),
+            ChatResult("Arithmetic", "generative", 0.0, 100, 50, ended=90, called=80),
+        ],
+        FACTS,
+    )
+    table = task_report.side_by_side([sft, MID])
+    assert table.columns == ["task", "mid", "sft"]
+    assert table.rows == [
+        ["Documentation", "26.0 [23.4, 28.8] of 1000", "40.0 [37.0, 43.1] of 1000 *"],
+        ["HumanEval", "skipped: no sandbox: none", None],
+        ["Arithmetic", None, "50.0 [40.4, 59.6] of 100 *"],
+    ]
+
+
+def test_a_second_run_replaces_its_own_rows_only():
+    fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
+    merged = task_report.with_earlier_rows(fresh, FACTS, [MID], "mid")
+    assert [row[0] for row in merged.rows] == ["Documentation", "HumanEval", "GSM8K"]
+    again = task_report.result_table([ChatResult("Documentation", "categorical", 0.25, 10, 3)])
+    merged = task_report.with_earlier_rows(again, FACTS, [MID], "mid")
+    assert [(row[0], row[2]) for row in merged.rows] == [("HumanEval", 0), ("Documentation", 10)]
+
+
+@pytest.mark.parametrize("changed", [{"step": 20}, {"max_problems": 5}])
+def test_another_model_or_limit_starts_over(changed):
+    fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
+    merged = task_report.with_earlier_rows(fresh, FACTS | changed, [MID], "mid")
+    assert isinstance(merged, Table) and len(merged.rows) == 1
