@@ -152,8 +152,7 @@ def test_batches_decide_as_single_examples_on_all_22_tasks(backend, tokenizer):
     assert len(tasks) == 22
     before = backend._score._cache_size()
     batched = [
-        evaluate_task(backend, tokenizer, task, max_examples=2, batch_tokens=2048)
-        for task in tasks
+        evaluate_task(backend, tokenizer, task, max_examples=2, batch_tokens=2048) for task in tasks
     ]
     assert backend._score._cache_size() - before <= 3  # 64, 128 and 256 tokens
     for task, result in zip(tasks, batched, strict=True):
