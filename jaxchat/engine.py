@@ -50,7 +50,7 @@ class Engine:
                 f"slots={slots} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1, "
                 f"max_length={self.max_length} between 1 and the model's context of {context}"
             )
-        self.backend, self.tokenizer = backend, tokenizer
+        self.backend, self.tokenizer, self.slots = backend, tokenizer, slots
         self.tokens_per_dispatch = tokens_per_dispatch
         self._eos = frozenset(map(tokenizer.special_id, ("assistant_end", "bos")))
         self._python_end = tokenizer.special_id("python_end")
@@ -59,6 +59,8 @@ class Engine:
         self._waiting: deque[Sample] = deque()
         self._events: list[Event] = []
         self._count = 0
+        self.prompt_tokens, self.reused_tokens = 0, 0
+        """Of all prompts so far, and how many of them the cache still held."""
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class Engine:
 
         ValueError for a prompt that is empty, longer than `max_length`, or not of this vocabulary.
         """
-        self._check(request)
+        self.check(request)
         number, self._count = self._count, self._count + 1
         prompt = Prompt(list(request.ids))
         for row in range(request.row, request.row + request.n):
@@ -131,7 +133,7 @@ class Engine:
 
     def score_prompt(self, ids: Sequence[int]) -> PromptScores:
         """Log-probabilities of every token of a text and their alternatives."""
-        self._check(Request(ids))
+        self.check(Request(ids))
         return self.backend.score_prompt(np.array(ids, np.int32))
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
@@ -168,10 +170,11 @@ class Engine:
         if self.busy:
             raise ValueError("this engine is busy with other requests: use submit and step")
         for request in requests:
-            self._check(request)
+            self.check(request)
         return [self.submit(request) for request in requests]
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """ValueError for a request that `submit` would refuse; may be called from any thread."""
         length, vocab = len(request.ids), self.backend.config.vocab_size
         if not 1 <= length <= self.max_length:
             raise ValueError(
@@ -200,6 +203,8 @@ class Engine:
             free.remove(slot)
             self._count_use(slot)
             slot.start(sample)
+            self.prompt_tokens += len(sample.prompt.ids)
+            self.reused_tokens += len(slot.held)
 
     def _count_use(self, slot: Slot) -> None:
         slot.used = max(other.used for other in self._slots) + 1
