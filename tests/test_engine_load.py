@@ -193,3 +193,10 @@ def test_a_busy_engine_refuses_to_warm_up():
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match=r"no .*device 99"):
         type(backend(name))(backend(name).config, device=99)
+
+
+def test_a_replica_lives_on_the_device_it_is_given():
+    second = JaxBackend(backend("jax").config, device=1)
+    second.init(0)
+    arrays = [*second.params.values(), *jax.tree.leaves(second.new_cache(2, CONTEXT))]
+    assert {device for array in arrays for device in array.devices()} == {jax.devices()[1]}

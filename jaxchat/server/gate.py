@@ -6,6 +6,7 @@ A plain ASGI layer: it reads no body, so a refused request costs next to nothing
 import hashlib
 import hmac
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -171,7 +172,7 @@ class RateLimit:
                 429,
                 f"This key may send {self._per_minute} requests a minute.",
                 code="rate_limit_exceeded",
-                retry_after_s=int(wait_s) + 1,
+                retry_after_s=math.ceil(wait_s),
             )
         self._buckets[key] = (left - 1, now)
 

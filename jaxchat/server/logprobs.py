@@ -7,8 +7,6 @@ through its log-probabilities either.
 from collections import deque
 from typing import Any
 
-import numpy as np
-
 from jaxchat.backend import PromptScores
 from jaxchat.request import Event
 from jaxchat.tokenizer import StreamDecoder, Tokenizer
@@ -91,8 +89,8 @@ class CompletionLog:
         best: dict[str, float] = {}
         for other, value in top[: self._top]:
             best.setdefault(label(self._tokenizer, other), value)
-        if self._top and logprob is not None:
-            best.setdefault(label(self._tokenizer, token), logprob)
+        if self._top and logprob is not None:  # clients compare the two to the last bit
+            best[label(self._tokenizer, token)] = logprob
         self.lists["tokens"].append(label(self._tokenizer, token))
         self.lists["token_logprobs"].append(logprob)
         self.lists["top_logprobs"].append(best if logprob is not None else None)
@@ -111,4 +109,4 @@ def label(tokenizer: Tokenizer, token: int) -> str:
 def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     raw = tokenizer.decode_bytes([token])
     text = raw.decode(errors="replace")
-    return {"token": text, "logprob": float(np.float32(logprob)), "bytes": list(raw)}
+    return {"token": text, "logprob": logprob, "bytes": list(raw)}
