@@ -3,8 +3,9 @@
 #
 #     bash speedrun_jax.sh
 #
-# It looks at the hardware and picks a tier; JAXCHAT_TIER and DEPTH override. Run it again after any
-# interruption: finished stages are skipped, a killed stage continues from its last checkpoint.
+# It looks at the hardware and picks a tier; JAXCHAT_TIER and DEPTH override, and RL=1 adds
+# reinforcement learning. Run it again after any interruption: finished stages are skipped, a killed
+# stage continues from its last checkpoint.
 #
 #     JAXCHAT_TIER=node   8 GPUs: depth 24, ClimbMix, about three hours
 #     JAXCHAT_TIER=gpu    one or a few GPUs: depth 12, ClimbMix, about two hours on one H100
@@ -54,23 +55,28 @@ node)
     DEPTH="${DEPTH:-24}" takes="about three hours on 8 H100s"
     # Ratio 8 undertrains the compute-optimal 10.5 a little, for speed; depth 24 then reaches GPT-2.
     # Its 5.9 B tokens at 4.7 characters are 28 G characters; a shard holds 250 M: 110, and slack.
-    data=(--dataset climbmix --num-shards 150)
+    data=(--dataset climbmix --num-shards 150 --all)
     tok=(--corpus climbmix)
     base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 1000)
     loss=(--corpus climbmix)
     eval=()
+    mid=(--data hub) sft=(--data hub) rl=(--data hub)
+    chat=(--data hub)
     ;;
 gpu)
     DEPTH="${DEPTH:-12}" takes="about two hours on one H100"
     # 0.9 B tokens at depth 12 are 4.2 G characters: 17 shards, and the tokenizer wants 2 G of them.
-    data=(--dataset climbmix --num-shards 24)
+    data=(--dataset climbmix --num-shards 24 --all)
     tok=(--corpus climbmix)
     base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 500)
     loss=(--corpus climbmix)
     eval=()
+    mid=(--data hub) sft=(--data hub) rl=(--data hub)
+    chat=(--data hub)
     ;;
 cpu)
     DEPTH="${DEPTH:-4}" takes="about 20 minutes on 2 cores"
+    offline=(--data offline --eval-every 100)
     data=(--dataset embedded)
     tok=(--corpus embedded --vocab-size 4096)
     # Width 192 and 2,048 tokens a step: 3 M tokens in about ten minutes. So small a batch wants
@@ -81,9 +87,16 @@ cpu)
         --eval-every 250 --eval-tokens 65536 --sample-every 500 --save-every 250)
     loss=(--corpus embedded --split-tokens 131072)
     eval=(--max-per-task 100)
+    # A tenth of the full mixtures' passes: 0.8 M and 0.4 M tokens.
+    mid=("${offline[@]}" --num-iterations 400 --init-lr-frac 0.5 --eval-tokens 32768 --save-every 100)
+    sft=("${offline[@]}" --num-iterations 200 --eval-tokens 32768 --save-every 100)
+    rl=("${offline[@]}" --num-iterations 60 --questions 8 --samples 8 --max-tokens 96 --slots 16
+        --eval-every 30 --eval-questions 64 --save-every 20)
+    chat=(-a "Documentation|Arithmetic|SpellingBee|SimpleSpelling" -x 300)
     ;;
 smoke)
     DEPTH="${DEPTH:-2}" takes="under three minutes on 2 cores"
+    offline=(--data offline --num-iterations 8)
     data=(--dataset embedded)
     tok=(--corpus embedded --vocab-size 1024 --max-chars 2000000)
     base=(--corpus embedded --aspect-ratio 32 --head-dim 32 --sequence-len 128
@@ -91,6 +104,11 @@ smoke)
         --eval-every 20 --eval-tokens 8192 --save-every 20)
     loss=(--corpus embedded --split-tokens 8192)
     eval=(--max-per-task 10)
+    mid=("${offline[@]}" --eval-tokens 2048)
+    sft=("${offline[@]}" --eval-tokens 2048)
+    rl=("${offline[@]}" --num-iterations 2 --questions 2 --samples 4 --max-tokens 16
+        --eval-questions 2 --eval-samples 2)
+    chat=(-a "Documentation|SimpleSpelling" -x 8)
     ;;
 *)
     echo "error: JAXCHAT_TIER=$JAXCHAT_TIER: choose node, gpu, cpu or smoke" >&2
@@ -110,14 +128,17 @@ echo "environment ready in $((SECONDS - started)) s"
 # --- The stages -----------------------------------------------------------------------------------
 
 # stage NAME ARGUMENTS...: run `python -m scripts.NAME ARGUMENTS`, unless the ledger says that this
-# very command has finished and nothing before it has run anew.
+# very command has finished and nothing before it has run anew. A script that runs on several
+# models (-i first) has an entry for each.
 ledger="$JAXCHAT_BASE_DIR/stages"
 mkdir -p "$ledger"
 anew=0
 stage() {
-    local mark="$ledger/$1" command="$*"
+    local name="$1" command="$*"
+    [[ "${2:-}" == -i ]] && name="$1 ($3)"
+    local mark="$ledger/$name"
     if ((!anew)) && [[ -f "$mark" && "$(<"$mark")" == "$command" ]]; then
-        echo "--- $1: done before"
+        echo "--- $name: done before"
         return
     fi
     anew=1
@@ -131,10 +152,20 @@ stage data_download "${data[@]}"
 stage tok_train "${tok[@]}"
 stage tok_eval "${tok[@]:0:2}"
 stage base_train --depth "$DEPTH" "${base[@]}"
-stage base_loss "${loss[@]}"
-stage base_eval ${eval[@]+"${eval[@]}"}
+stage base_loss -g "d$DEPTH" "${loss[@]}"
+stage base_eval -g "d$DEPTH" ${eval[@]+"${eval[@]}"}
+stage chat_eval -i base -g "d$DEPTH" "${chat[@]}"
+stage mid_train -g "d$DEPTH" "${mid[@]}"
+stage chat_eval -i mid -g "d$DEPTH" "${chat[@]}"
+stage chat_sft -g "d$DEPTH" "${sft[@]}"
+stage chat_eval -i sft -g "d$DEPTH" "${chat[@]}"
+if [[ -n "${RL:-}" ]]; then
+    stage chat_rl -g "d$DEPTH" "${rl[@]}"
+    stage chat_eval -i rl -g "d$DEPTH" "${chat[@]}"
+fi
 stage report
 
 echo
-echo "Done. The report is report.md; now talk to the model:"
-echo "    .venv/bin/python -m scripts.chat_cli -i base -p \"Returns the\""
+echo "Done. The report is report.md; now talk to the model, in the terminal or in the browser:"
+echo "    .venv/bin/python -m scripts.chat_cli -g d$DEPTH"
+echo "    .venv/bin/python -m scripts.chat_web -g d$DEPTH"

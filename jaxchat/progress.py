@@ -12,10 +12,16 @@ from jaxchat import runtime
 LOG_LINES = 100
 """Lines a whole run prints when its output is not a terminal."""
 
+LOG_WIDTH = 140
+"""Columns of a table when the output is not a terminal."""
+
 
 def make_console() -> Console:
     """Where a script shows results: plain text as it is, silent on all but the first process."""
-    return Console(highlight=False, markup=False, quiet=not runtime.is_first_process())
+    console = Console(highlight=False, markup=False, quiet=not runtime.is_first_process())
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
 class TrainingProgress:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as ScreenTable
 
@@ -23,6 +22,7 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import LoadedModel, load_model
 from jaxchat.execution import SANDBOXES
+from jaxchat.progress import make_console
 from jaxchat.report import KeyValues, Report, Table, Text, Value
 from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
 from jaxchat.task_report import result_table, section_name, side_by_side, with_earlier_rows
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
     }
     report = Report(base_dir())
     table = with_earlier_rows(result_table(results), facts, report.sections(), config.source)
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     console.print(on_screen(table))
     summary = summarize(results)
     for name, value in summary.items():
