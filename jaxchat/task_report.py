@@ -40,6 +40,16 @@ def result_table(results: Sequence[ChatResult]) -> Table:
     return Table(COLUMNS, [_row(result) for result in results], CAPTION)
 
 
+def compact(table: Table) -> Table:
+    """A result table for a terminal: percent, the interval in one cell, fewer columns."""
+    rows = []
+    for row in table.rows:
+        facts = dict(zip(COLUMNS, row, strict=True))
+        shares = (_percent(facts[name]) for name in ("guessing", "ended", "called"))
+        rows.append([facts["task"], _cell(row), *shares, facts["note"]])
+    return Table(["task", "% [95%] of problems", "guessing", "ended", "called", "note"], rows)
+
+
 def with_earlier_rows(
     table: Table, facts: Mapping[str, Value], sections: Sequence[Section], source: str
 ) -> Table:
@@ -79,6 +89,10 @@ def _row(result: ChatResult) -> list[Value]:
     note = f"{result.cropped} prompts cropped" if result.cropped else ""
     numbers = (result.accuracy, low, high, result.baseline, result.centered)
     return [result.name, result.kind, result.problems, *numbers, *shares, note]
+
+
+def _percent(value: Value) -> str | None:
+    return f"{100 * value:.0f}%" if isinstance(value, int | float) else None
 
 
 def _rows_of(sections: Sequence[Section], source: str) -> dict[str, Sequence[Value]]:

@@ -4,9 +4,9 @@
     python -m scripts.chat_eval -i mid -a GSM8K -a HumanEval -x 100
     python -m scripts.chat_eval -i sft -a "ARC-Easy|MMLU" --backend torch
 
-ChatCORE needs the hub's task sets (python -m scripts.data_download --all). Without them it asks
-what needs no network, about the embedded documentation above all, and says that this is not
-ChatCORE. The report shows the stages side by side.
+ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
+them it asks what needs no network, about the embedded documentation above all, and says that this
+is not ChatCORE. The report shows the stages side by side.
 """
 
 import time
@@ -25,7 +25,13 @@ from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
 from jaxchat.report import KeyValues, Report, Table, Text, Value
 from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
-from jaxchat.task_report import result_table, section_name, side_by_side, with_earlier_rows
+from jaxchat.task_report import (
+    compact,
+    result_table,
+    section_name,
+    side_by_side,
+    with_earlier_rows,
+)
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import CHATCORE, check_source, default_source, eval_names, eval_task
 
@@ -84,7 +90,7 @@ def main(config: Config) -> None:
     report = Report(base_dir())
     table = with_earlier_rows(result_table(results), facts, report.sections(), config.source)
     console = make_console()
-    console.print(on_screen(table))
+    console.print(on_screen(compact(table)))
     summary = summarize(results)
     for name, value in summary.items():
         console.print(f"{name}: {value:.4f}")
@@ -145,8 +151,7 @@ def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
 def on_screen(table: Table) -> ScreenTable:
     shown = ScreenTable(*table.columns)
     for row in table.rows:
-        cells = (f"{cell:.4f}" if isinstance(cell, float) else str(cell or "") for cell in row)
-        shown.add_row(*cells)
+        shown.add_row(*("" if cell is None else str(cell) for cell in row))
     return shown
 
 

@@ -263,6 +263,13 @@ def test_stages_stand_side_by_side():
     ]
 
 
+def test_a_terminal_gets_fewer_columns():
+    result = ChatResult("Arithmetic", "generative", 0.0, 100, 50, ended=90, called=80, cropped=3)
+    assert task_report.compact(task_report.result_table([result])).rows == [
+        ["Arithmetic", "50.0 [40.4, 59.6] of 100 *", "0%", "90%", "80%", "3 prompts cropped"]
+    ]
+
+
 def test_a_second_run_replaces_its_own_rows_only():
     fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
     merged = task_report.with_earlier_rows(fresh, FACTS, [MID], "mid")
