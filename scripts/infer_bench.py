@@ -152,6 +152,8 @@ def sweep(
     for round in range(-1, config.rounds):  # round -1 warms up
         for name, engine in engines.items():
             sample = measure(config, engine, batch_size, seed=round + 1)
+            speed = f"{sample.tokens_per_s:.1f} tokens/s"
+            print(f"{name}, batch {batch_size}, round {round + 1}: {speed}", file=sys.stderr)
             if round >= 0:
                 samples[name].append(sample)
     rows: list[dict[str, Any]] = []
