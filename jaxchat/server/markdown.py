@@ -46,9 +46,9 @@ LEXERS = {
 }
 """Fence names that are coloured, and the lexer of each; a lexer is only loaded when used."""
 
-TAGS = set(
-    "p br hr h1 h2 h3 h4 h5 h6 strong em s code pre span blockquote ul ol li a "
-    "table thead tbody tr th td".split()
+TAGS = frozenset(
+    ["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre"]
+    + ["span", "blockquote", "ul", "ol", "li", "a", "table", "thead", "tbody", "tr", "th", "td"]
 )
 
 ATTRIBUTES = {
@@ -65,9 +65,11 @@ CLASSES = {"span": {name for name in STANDARD_TYPES.values() if name}}
 
 def to_html(text: str) -> str:
     """The sanitised HTML of `text`, one element per block."""
+    # half a surrogate pair, which JSON can spell and UTF-8 cannot hold, becomes U+FFFD
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return nh3.clean(
         _PARSER.render(text),
-        tags=TAGS,
+        tags=set(TAGS),
         attributes=ATTRIBUTES,
         allowed_classes=CLASSES,
         url_schemes={"http", "https", "mailto"},
@@ -95,9 +97,7 @@ class _Renderer(RendererHTML):
     Cells say how they are aligned in an attribute, since the page allows no inline style.
     """
 
-    def fence(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
+    def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         words = tokens[idx].info.split(maxsplit=1)
         return _code(tokens[idx].content, words[0] if words else "")
 
@@ -106,9 +106,7 @@ class _Renderer(RendererHTML):
     ) -> str:
         return _code(tokens[idx].content, "")
 
-    def image(
-        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
-    ) -> str:
+    def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]
         label = self.renderInlineAsText(token.children or [], options, env) or "image"
         source = html.escape(str(token.attrGet("src") or ""))
@@ -128,6 +126,6 @@ def _cell(token: Token) -> str:
 
 
 _FORMATTER = HtmlFormatter(nowrap=True)
-_PARSER = MarkdownIt(
-    "commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer
-).enable(["table", "strikethrough"])
+_PARSER = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer).enable(
+    ["table", "strikethrough"]
+)

@@ -110,7 +110,10 @@ async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Respons
 
 
 def _texts(body: bytes) -> list[str]:
-    document = json.loads(body)
+    try:
+        document = json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deep") from None
     texts = document.get("texts") if isinstance(document, dict) else None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError('the body must be {"texts": [strings]}')

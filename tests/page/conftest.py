@@ -24,6 +24,13 @@ def find_chromium() -> str | None:
     return os.environ.get(CHROMIUM) or next(filter(None, map(shutil.which, NAMES)), None)
 
 
+def pytest_collection_modifyitems(items):
+    """A page takes a second or two to open: `make test` leaves these out, .ci/run asks for them."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def browser():
     path = find_chromium()

@@ -92,9 +92,7 @@ def chat_events(reply: Reply) -> Iterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
-def _token(
-    text: str, logprob: float | None, top: Sequence[tuple[str, float]]
-) -> dict[str, Any]:
+def _token(text: str, logprob: float | None, top: Sequence[tuple[str, float]]) -> dict[str, Any]:
     others = [{"token": other, "logprob": value, "bytes": None} for other, value in top]
     return {"token": text, "logprob": logprob, "bytes": None, "top_logprobs": others}
 

@@ -2,7 +2,7 @@
 
 import { isCommand, runCommand } from "./commands.js";
 import { small } from "./database.js";
-import { byId } from "./dom.js";
+import { byId, focusPrompt } from "./dom.js";
 
 const DRAFT_MS = 200;
 
@@ -31,8 +31,7 @@ export class Composer {
     this.box.value = small.get(this.draftName) ?? "";
     this.#fit();
     this.#drawButtons();
-    // on a phone the focus would open the keyboard over the conversation
-    if (!matchMedia("(pointer: coarse)").matches) this.box.focus({ preventScroll: true });
+    focusPrompt();
   }
 
   /** A chat that holds nothing yet shares one draft with all others like it. */
@@ -90,7 +89,7 @@ export class Composer {
 
   #stop() {
     this.session.stop();
-    this.box.focus();
+    focusPrompt();
   }
 
   #drawButtons() {
@@ -99,7 +98,7 @@ export class Composer {
     byId("send").hidden = streaming;
     byId("stop").hidden = !streaming;
     byId("send").disabled = !this.box.value.trim();
-    if (hadFocus && document.activeElement === document.body) this.box.focus();
+    if (hadFocus) focusPrompt();
   }
 
   /** As high as its text; controls.css sets the limit. */

@@ -73,6 +73,11 @@ export function drawIcons(root) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** Put the focus where one writes; not on a phone, whose keyboard would cover the conversation. */
+export function focusPrompt() {
+  if (!matchMedia("(pointer: coarse)").matches) byId("prompt").focus({ preventScroll: true });
+}
+
 /** Show for two seconds that a button did what it says. */
 export function confirmCopied(button) {
   const mark = icon("done");

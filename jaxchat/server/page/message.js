@@ -2,7 +2,7 @@
 
 import { ADVICE } from "./api.js";
 import { textOf, versionIndex, versions } from "./conversation.js";
-import { h, icon, iconButton } from "./dom.js";
+import { focusPrompt, h, icon, iconButton } from "./dom.js";
 import { Prose } from "./markdown.js";
 import { drawTokens, tokensShown } from "./tokens.js";
 
@@ -91,9 +91,9 @@ export class MessageView {
       iconButton("copy", "Copy", () => {}, { dataset: { action: "copy" } }),
     ];
     if (message.role === "user") buttons.push(iconButton("edit", "Edit", () => this.startEditing()));
-    else buttons.push(iconButton("retry", "Regenerate", () => session.regenerate(message.id)));
+    else buttons.push(iconButton("retry", "Regenerate", () => leave(() => session.regenerate(message.id))));
     if (message.tokens?.length) buttons.push(this.#tokenButton());
-    buttons.push(iconButton("trash", "Delete", () => session.deleteMessage(message.id)));
+    buttons.push(iconButton("trash", "Delete", () => leave(() => session.deleteMessage(message.id))));
     this.actions.replaceChildren(...buttons);
     if (focused) buttons.flatMap((b) => [b, ...b.children]).find((b) => b.ariaLabel === focused)?.focus();
   }
@@ -102,12 +102,16 @@ export class MessageView {
     const all = versions(conversation, this.message.id);
     if (all.length < 2) return [];
     const at = versionIndex(conversation, this.message.id);
-    const step = (by) => () => this.session.select(all[at + by][0].id);
+    const step = (by, label) => () => {
+      const [{ id }] = all[at + by];
+      this.session.select(id);
+      focusIn(id, label);
+    };
     return [
       h("span", { class: "versions", role: "group", aria: { label: "Alternatives" } },
-        iconButton("previous", "Previous alternative", step(-1), { disabled: at === 0 }),
+        iconButton("previous", "Previous alternative", step(-1, "Previous alternative"), { disabled: at === 0 }),
         h("span", {}, `${at + 1}/${all.length}`),
-        iconButton("next", "Next alternative", step(1), { disabled: at === all.length - 1 })),
+        iconButton("next", "Next alternative", step(1, "Next alternative"), { disabled: at === all.length - 1 })),
     ];
   }
 
@@ -134,7 +138,7 @@ export class MessageView {
       const text = box.value.trim();
       end();
       if (text) this.session.edit(this.message.id, text);
-      document.getElementById("prompt").focus();
+      focusPrompt();
     };
     const cancel = () => {
       end();
@@ -158,6 +162,19 @@ export class MessageView {
     box.focus();
     box.setSelectionRange(box.value.length, box.value.length);
   }
+}
+
+/** Do what makes the button go away that was pressed. */
+function leave(action) {
+  action();
+  focusPrompt();
+}
+
+/** After a change of alternatives: the same button of the message that took the place. */
+function focusIn(id, label) {
+  const selector = `[data-id="${CSS.escape(id)}"] .versions button:not(:disabled)`;
+  const buttons = [...document.querySelectorAll(selector)];
+  (buttons.find((button) => button.ariaLabel === label) ?? buttons[0]).focus();
 }
 
 class TextPart {
@@ -211,11 +228,11 @@ function drawStats({ stats, model }) {
 
 function drawError({ id, error }, session) {
   const wait = error.retryAfter ? ` It asks to wait ${error.retryAfter} s.` : "";
-  const buttons = [retryButton("Retry", () => session.retry(id))];
+  const buttons = [retryButton("Retry", () => leave(() => session.retry(id)))];
   if (error.kind === "context" && error.turns > 0) {
     const dropTurns = Math.ceil(error.turns / 2);
     const label = `Retry without the first ${dropTurns === 1 ? "turn" : `${dropTurns} turns`}`;
-    buttons.unshift(retryButton(label, () => session.retry(id, { dropTurns })));
+    buttons.unshift(retryButton(label, () => leave(() => session.retry(id, { dropTurns }))));
   }
   return h("div", { class: "error", role: "group", aria: { label: "Error" } },
     h("p", {}, `${ADVICE[error.kind] ?? ADVICE.server}${wait}`),

@@ -16,8 +16,8 @@ export async function* readEvents(stream) {
     for (;;) {
       const { done, value } = await reader.read();
       rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      // a CR at the end may be the first half of a CR LF: it waits for what follows
-      const lines = rest.split(/\r\n|\n|\r(?!$)/);
+      // a CR at the end may be the first half of a CR LF: it waits for what follows, if anything
+      const lines = rest.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       for (const line of lines) {
         if (line === "") {
