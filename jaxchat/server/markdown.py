@@ -47,9 +47,9 @@ LEXERS = {
 """Fence names that are coloured, and the lexer of each; a lexer is only loaded when used."""
 
 TAGS = frozenset(
-    ["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre"]
-    + ["span", "blockquote", "ul", "ol", "li", "a", "table", "thead", "tbody", "tr", "th", "td"]
-)
+    ("p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre")
+).union(("span", "blockquote", "ul", "ol", "li", "a", "table", "thead", "tbody", "tr", "th", "td"))
+"""What Markdown can make, and nothing else."""
 
 ATTRIBUTES = {
     "a": {"href", "title"},
