@@ -66,6 +66,8 @@ class DecodeBatch:
     """(S,) int32: most tokens to sample in this dispatch; 0 leaves a row alone."""
     uniforms: np.ndarray
     """(S, N) float32: the random number of each row's next N tokens; N bounds the dispatch."""
+    prompt_lengths: np.ndarray
+    """(S,) int32: where each row's reply begins; penalties tell prompt and reply apart."""
     params: tuple[SamplingParams | None, ...]
     """The sampling parameters of each row; None for rows left alone."""
     stop_ids: frozenset[int]
@@ -82,6 +84,24 @@ class DecodeResult(NamedTuple):
     """(S, N) float32: log-probability of each token under the unfiltered distribution."""
     counts: np.ndarray
     """(S,) int32. The cache has grown by as many tokens: the last sampled one is not yet in it."""
+    top_ids: np.ndarray | None = None
+    """(S, N, MAX_TOP_LOGPROBS) int32: the likeliest tokens; None where no row asked for any."""
+    top_logprobs: np.ndarray | None = None
+    """(S, N, MAX_TOP_LOGPROBS) float32: theirs, under the unfiltered distribution."""
+
+
+class PromptScores(NamedTuple):
+    """What a model thinks of a prompt of T tokens; entry t is about token t, given those before.
+
+    Nothing comes before the first token: its entries mean nothing.
+    """
+
+    logprobs: np.ndarray
+    """(T,) float32."""
+    top_ids: np.ndarray
+    """(T, MAX_TOP_LOGPROBS) int32: what the model would rather have read, best first."""
+    top_logprobs: np.ndarray
+    """(T, MAX_TOP_LOGPROBS) float32."""
 
 
 class Backend(Protocol):
@@ -91,8 +111,14 @@ class Backend(Protocol):
     config: GPTConfig
     devices: DeviceInfo
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
-        """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default."""
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+    ) -> None:
+        """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default.
+
+        `device`: the number of the one local device to use (a replica of a server); None uses
+        every device of the process. ValueError where there is no such device.
+        """
         ...
 
     # --- weights -------------------------------------------------------------------------------
@@ -187,6 +213,17 @@ class Backend(Protocol):
 
         A row stops at its budget or after a stop id; the dispatch ends when all rows have. The
         sampler is `jaxchat.sampling.sample`. The passed cache must not be used again.
+        """
+        ...
+
+    def score_prompt(self, ids: np.ndarray) -> PromptScores:
+        """Log-probabilities of the tokens of one text (T,), and their alternatives."""
+        ...
+
+    def warm_up(self, cache: Cache, steps: int) -> Cache:
+        """Compile whatever generation with such a cache and dispatches of `steps` may need.
+
+        Afterwards the rows hold nothing of use. The passed cache must not be used again.
         """
         ...
 

@@ -202,8 +202,12 @@ def load_model(
     model_tag: str | None = None,
     step: int | None = None,
     dtype: str | None = None,
+    device: int | None = None,
 ) -> LoadedModel:
-    """Load the weights of a stage's model: by tag and step, or the deepest and the newest."""
+    """Load the weights of a stage's model: by tag and step, or the deepest and the newest.
+
+    `device`: the one local device to put them on; None uses all of them.
+    """
     tag = model_tag or find_model_tag(source)
     store = CheckpointStore(stage_directory(source, tag))
     steps = store.steps()
@@ -216,7 +220,7 @@ def load_model(
     meta = store.read_meta(step)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(meta, tokenizer, store.path(step))
-    model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype)
+    model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype, device=device)
     model.load(store.path(step))
     return LoadedModel(model, tokenizer, meta, tag, store.path(step))
 

@@ -18,13 +18,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat import device_sampling, kv_cache
+from jaxchat import device_sampling, kv_cache, penalties
 from jaxchat.backend import DecodeBatch, DecodeResult
-from jaxchat.config import GPTConfig
+from jaxchat.config import MAX_TOP_LOGPROBS, GPTConfig
 from jaxchat.device_sampling import RowParams
 from jaxchat.gpt import GPT
 from jaxchat.kv_cache import KVCache
 from jaxchat.params import Params, bind
+from jaxchat.penalties import Penalties, Tally
 
 CHUNK_LENGTHS = (16, 64, 128, 256, 512)
 """Tokens read in one prefill call; prompts are padded up to one of these, longer ones cut."""
@@ -55,7 +56,7 @@ class Decoder:
                 f"cannot put {len(ids)} tokens at position {start} of a row of "
                 f"{cache.max_length}: give 1 to {cache.max_length - start}"
             )
-        weights = self._prepare(params)
+        weights = self.weights(params)
         logits = None
         for first in range(0, len(ids), CHUNK_LENGTHS[-1]):
             chunk = np.asarray(ids[first : first + CHUNK_LENGTHS[-1]], np.int32)
@@ -78,6 +79,7 @@ class Decoder:
                 f"a row would hold {needed} tokens, the cache has room for {cache.max_length}: "
                 "lower its budget"
             )
+        with_top = any(row is not None and row.top_logprobs for row in batch.params)
         stops = np.zeros(self.config.vocab_size, bool)
         stops[[id for id in batch.stop_ids if id < len(stops)]] = True
         inputs = _DecodeInputs(
@@ -85,20 +87,44 @@ class Decoder:
             lengths=jnp.asarray(batch.lengths, jnp.int32),
             budgets=jnp.asarray(budgets),
             uniforms=jnp.asarray(batch.uniforms, jnp.float32),
+            prompt_lengths=jnp.asarray(batch.prompt_lengths, jnp.int32),
             params=device_sampling.row_params(batch.params),
+            penalties=penalties.row_penalties(batch.params),
+            with_top=jnp.asarray(with_top),
             stops=jnp.asarray(stops),
         )
         assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
         bucket = _bucket(needed, cache.max_length)
-        cache, outputs = self._decode(self._prepare(params), cache, inputs, bucket)
-        return DecodeResult(cache, *map(np.asarray, outputs))
+        cache, outputs = self._decode(self.weights(params), cache, inputs, bucket)
+        fetched = outputs if with_top else outputs[:3]
+        return DecodeResult(cache, *map(np.asarray, fetched))
 
     def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
         """See `Backend.copy_row`."""
         bucket = _bucket(length, cache.max_length)
         return self._copy_row(cache, jnp.int32(source), jnp.int32(target), bucket)
 
-    def _prepare(self, params: Params) -> Params:
+    def warm_up(self, params: Params, cache: KVCache, steps: int) -> KVCache:
+        """See `Backend.warm_up`: every chunk length and every step at the end of every bucket."""
+        rows = len(cache.lengths)
+        for bucket in _buckets(cache.max_length):
+            for length in CHUNK_LENGTHS:
+                ids = np.zeros(min(length, bucket), np.int32)
+                cache, _ = self.prefill(params, cache, 0, ids, bucket - len(ids))
+            idle = DecodeBatch(
+                tokens=np.zeros(rows, np.int32),
+                lengths=np.full(rows, bucket - 1, np.int32),
+                budgets=np.eye(1, rows, dtype=np.int32)[0],
+                uniforms=np.zeros((rows, steps), np.float32),
+                prompt_lengths=np.zeros(rows, np.int32),
+                params=(None,) * rows,
+                stop_ids=frozenset(),
+            )
+            cache = self.decode(params, cache, idle).cache
+            cache = self.copy_row(cache, 0, rows - 1, bucket)
+        return cache
+
+    def weights(self, params: Params) -> Params:
         """The weights in the compute dtype, converted once for each set of them."""
         if params is not self._source:
             self._source, self._weights = params, self._cast(params)
@@ -120,7 +146,10 @@ class _DecodeInputs(NamedTuple):
     lengths: Int[Array, " S"]
     budgets: Int[Array, " S"]
     uniforms: Float[Array, "S N"]
+    prompt_lengths: Int[Array, " S"]
     params: RowParams
+    penalties: Penalties
+    with_top: Bool[Array, ""]
     stops: Bool[Array, " V"]
 
 
@@ -130,6 +159,8 @@ class _Outputs(NamedTuple):
     tokens: Int[Array, "S N"]
     logprobs: Float[Array, "S N"]
     counts: Int[Array, " S"]
+    top_ids: Int[Array, "S N K"]
+    top_logprobs: Float[Array, "S N K"]
 
 
 class _Loop(NamedTuple):
@@ -139,6 +170,7 @@ class _Loop(NamedTuple):
     cache: KVCache
     newest: Int[Array, " S"]
     stopped: Bool[Array, " S"]
+    seen: Tally
     outputs: _Outputs
 
 
@@ -193,27 +225,41 @@ def _decode(
         running = active(loop)
         hidden, cache = model.hidden(loop.newest[:, None], loop.cache, running.astype(jnp.int32))
         assert cache is not None
-        uniforms = inputs.uniforms[:, loop.step]
-        tokens, logprobs = device_sampling.sample(
-            model.logits(hidden[:, 0]), inputs.params, uniforms
-        )
+        logits = model.logits(hidden[:, 0])
+        choices = penalties.adjust(logits, inputs.penalties, loop.seen)
+        tokens = device_sampling.sample(choices, inputs.params, inputs.uniforms[:, loop.step])
         tokens = jnp.where(running, tokens, loop.newest)
+        top_ids, top_logprobs = device_sampling.alternatives(logits, inputs.with_top)
         outputs = _Outputs(
             loop.outputs.tokens.at[:, loop.step].set(tokens),
-            loop.outputs.logprobs.at[:, loop.step].set(logprobs),
+            loop.outputs.logprobs.at[:, loop.step].set(device_sampling.logprob(logits, tokens)),
             loop.outputs.counts + running.astype(jnp.int32),
+            loop.outputs.top_ids.at[:, loop.step].set(top_ids),
+            loop.outputs.top_logprobs.at[:, loop.step].set(top_logprobs),
         )
         stopped = loop.stopped | inputs.stops[tokens]
-        return _Loop(loop.step + 1, cache, tokens, stopped, outputs)
+        seen = penalties.add(loop.seen, tokens, running)
+        return _Loop(loop.step + 1, cache, tokens, stopped, seen, outputs)
 
+    top = (rows, most, min(MAX_TOP_LOGPROBS, model.config.vocab_size))
     outputs = _Outputs(
         jnp.zeros((rows, most), jnp.int32),
         jnp.zeros((rows, most), jnp.float32),
         jnp.zeros(rows, jnp.int32),
+        jnp.zeros(top, jnp.int32),
+        jnp.zeros(top, jnp.float32),
     )
     part = kv_cache.crop(cache, bucket)._replace(lengths=inputs.lengths)
+    seen = penalties.tally(
+        inputs.penalties,
+        part.ids[:, 0, :, 0],
+        inputs.tokens,
+        inputs.lengths,
+        inputs.prompt_lengths,
+        model.config.vocab_size,
+    )
     stopped = jnp.zeros(rows, bool)
-    first = _Loop(jnp.int32(0), part, inputs.tokens, stopped, outputs)
+    first = _Loop(jnp.int32(0), part, inputs.tokens, stopped, seen, outputs)
     last = jax.lax.while_loop(lambda loop: active(loop).any(), step, first)
     return kv_cache.paste(cache, last.cache), last.outputs
 
@@ -236,6 +282,14 @@ def _bucket(length: int, most: int) -> int:
     while bucket < length:
         bucket *= 2
     return min(bucket, most)
+
+
+def _buckets(most: int) -> list[int]:
+    """Every bucket that `_bucket` can give."""
+    buckets = [_bucket(1, most)]
+    while buckets[-1] < most:
+        buckets.append(_bucket(buckets[-1] + 1, most))
+    return buckets
 
 
 def _ceil(length: int, sizes: Sequence[int]) -> int:

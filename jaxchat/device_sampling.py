@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat.config import SamplingParams
+from jaxchat.config import MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.sampling import BLOCK, MIN_TEMPERATURE
 
 BITS_OF_ONE = 30
@@ -44,17 +44,37 @@ def row_params(rows: Sequence[SamplingParams | None]) -> RowParams:
 
 def sample(
     logits: Float[Array, "S V"], params: RowParams, uniforms: Float[Array, " S"]
-) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
-    """A token for every row, and its log-probability without temperature and filters."""
+) -> Int[Array, " S"]:
+    """A token for every row."""
     greedy = _argmax(logits)
     sampled = params.temperature > 0
-    tokens = jax.lax.cond(
+    return jax.lax.cond(
         sampled.any(),
         lambda: jnp.where(sampled, _draw(filtered_weights(logits, params), uniforms), greedy),
         lambda: greedy,
     )
+
+
+def logprob(logits: Float[Array, "S V"], tokens: Int[Array, " S"]) -> Float[Array, " S"]:
+    """Log-probabilities of one token per row."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def alternatives(
+    logits: Float[Array, "S V"], asked: Bool[Array, ""]
+) -> tuple[Int[Array, "S K"], Float[Array, "S K"]]:
+    """The likeliest tokens of every row and their log-probabilities; zeros unless `asked`."""
+    count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+
+    def find() -> tuple[Array, Array]:
+        best, ids = jax.lax.top_k(logits, count)
+        return ids, best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    def nothing() -> tuple[Array, Array]:
+        return jnp.zeros((len(logits), count), jnp.int32), jnp.zeros((len(logits), count))
+
+    return jax.lax.cond(asked, find, nothing)
 
 
 def _argmax(logits: Float[Array, "S V"]) -> Int[Array, " S"]:

@@ -27,6 +27,18 @@ def iteration_dtype() -> DTypeLike:
     return jnp.float32 if _is_cpu() else jnp.bfloat16
 
 
+def pick(number: int | None) -> list[jax.Device]:
+    """Every device of the run, or the local one of that number alone."""
+    if number is None:
+        return jax.devices()
+    local = jax.local_devices()
+    if not 0 <= number < len(local):
+        raise ValueError(
+            f"there is no device {number}: this process has {len(local)}, counted from 0"
+        )
+    return [local[number]]
+
+
 def describe(count: int) -> DeviceInfo:
     """What `count` devices of this machine are."""
     kind = jax.devices()[0].device_kind

@@ -16,10 +16,10 @@ from collections.abc import Generator, Iterable, Sequence
 import numpy as np
 
 from jaxchat import sampling
-from jaxchat.backend import Backend, DecodeBatch
-from jaxchat.config import SamplingParams
+from jaxchat.backend import Backend, PromptScores
+from jaxchat.dispatch import alternatives, make_batch
 from jaxchat.reply import Reply
-from jaxchat.request import Completion, Event, Request
+from jaxchat.request import Alternatives, Completion, Event, Request
 from jaxchat.slots import Prompt, Sample, Slot, common_prefix
 from jaxchat.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class Engine:
                 f"slots={slots} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1, "
                 f"max_length={self.max_length} between 1 and the model's context of {context}"
             )
-        self.backend, self.tokenizer = backend, tokenizer
+        self.backend, self.tokenizer, self.slots = backend, tokenizer, slots
         self.tokens_per_dispatch = tokens_per_dispatch
         self._eos = frozenset(map(tokenizer.special_id, ("assistant_end", "bos")))
         self._python_end = tokenizer.special_id("python_end")
@@ -59,6 +59,8 @@ class Engine:
         self._waiting: deque[Sample] = deque()
         self._events: list[Event] = []
         self._count = 0
+        self.prompt_tokens, self.reused_tokens = 0, 0
+        """Of all prompts so far, and how many of them the cache still held."""
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class Engine:
 
         ValueError for a prompt that is empty, longer than `max_length`, or not of this vocabulary.
         """
-        self._check(request)
+        self.check(request)
         number, self._count = self._count, self._count + 1
         prompt = Prompt(list(request.ids))
         for row in range(request.row, request.row + request.n):
@@ -106,6 +108,34 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def warm_up(self) -> None:
+        """Compile everything that any request may need; nothing may be under way."""
+        if self.busy:
+            raise ValueError("this engine is busy: warm it up before the first request")
+        self._cache = self.backend.warm_up(self._cache, self.tokens_per_dispatch)
+        self._forget_rows()
+
+    def reset(self) -> list[Event]:
+        """Start over after the backend has failed in a step: returns the ends of what it took down.
+
+        A failed step may have left nothing of the cache. Requests in slots end with the reason
+        `error`; those that wait have lost nothing and still wait.
+        """
+        for slot in self._slots:
+            if slot.sample is not None:
+                self._finish(slot.sample, "error")
+                slot.sample = None
+        self._forget_rows()
+        self._cache = None  # before its successor: there may be no room for both
+        self._cache = self.backend.new_cache(len(self._slots), self.max_length)
+        events, self._events = self._events, []
+        return events
+
+    def score_prompt(self, ids: Sequence[int]) -> PromptScores:
+        """Log-probabilities of every token of a text and their alternatives."""
+        self.check(Request(ids))
+        return self.backend.score_prompt(np.array(ids, np.int32))
+
     def generate(self, request: Request) -> Generator[Event, None, None]:
         """The events of one request as they come; closing the iterator cancels it.
 
@@ -140,10 +170,11 @@ class Engine:
         if self.busy:
             raise ValueError("this engine is busy with other requests: use submit and step")
         for request in requests:
-            self._check(request)
+            self.check(request)
         return [self.submit(request) for request in requests]
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """ValueError for a request that `submit` would refuse; may be called from any thread."""
         length, vocab = len(request.ids), self.backend.config.vocab_size
         if not 1 <= length <= self.max_length:
             raise ValueError(
@@ -154,6 +185,12 @@ class Engine:
             raise ValueError(f"the prompt has ids outside of the vocabulary of {vocab}")
         if request.n < 1 or request.row < 0:
             raise ValueError(f"n={request.n} must be at least 1 and row={request.row} at least 0")
+        if beyond := [token for token, _ in request.params.logit_bias if token >= vocab]:
+            raise ValueError(f"logit_bias names token {beyond[0]}, the vocabulary ends at {vocab}")
+
+    def _forget_rows(self) -> None:
+        for slot in self._slots:
+            slot.held, slot.pending = [], []
 
     # --- scheduling ----------------------------------------------------------------------------
 
@@ -166,6 +203,8 @@ class Engine:
             free.remove(slot)
             self._count_use(slot)
             slot.start(sample)
+            self.prompt_tokens += len(sample.prompt.ids)
+            self.reused_tokens += len(slot.held)
 
     def _count_use(self, slot: Slot) -> None:
         slot.used = max(other.used for other in self._slots) + 1
@@ -178,8 +217,11 @@ class Engine:
         slot.started = True
         params = sample.request.params
         uniform = sampling.uniform(params.seed, sample.row, sample.length)
-        token = sampling.sample(logits, params, uniform)
-        self._accept(slot, token, sampling.logprob(logits, token))
+        length = len(sample.prompt.ids)
+        history = sampling.History(sample.prompt.ids, slot.held[length:])
+        token = sampling.sample(logits, params, uniform, history)
+        top = sampling.alternatives(logits, params.top_logprobs)
+        self._accept(slot, token, sampling.logprob(logits, token), top)
 
     def _read(self, slot: Slot) -> np.ndarray:
         ids = np.array(slot.pending, np.int32)
@@ -200,52 +242,48 @@ class Engine:
         return prompt.logits
 
     def _decode(self) -> None:
-        active = [slot for slot in self._slots if slot.sample is not None]
-        if not active:
+        budgets = [
+            (slot, min(self.tokens_per_dispatch, self._room(slot.sample)))
+            for slot in self._slots
+            if slot.sample is not None
+        ]
+        if not budgets:
             return
-        batch = self._batch(active)
+        batch = make_batch(
+            len(self._slots),
+            budgets,
+            steps=self.tokens_per_dispatch,
+            stop_ids=self._eos | {self._python_end},
+        )
         result = self.backend.decode(self._cache, batch)
         self._cache = result.cache
-        for slot in active:
+        for slot, _ in budgets:
+            sample = slot.sample
+            assert sample is not None
             count = int(result.counts[slot.index])
             tokens = result.tokens[slot.index, :count].tolist()
             logprobs = result.logprobs[slot.index, :count].tolist()
-            for token, logprob in zip(tokens, logprobs, strict=True):
+            tops = alternatives(result, slot.index, count, sample.request.params.top_logprobs)
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
                 slot.held += slot.pending
-                self._accept(slot, token, logprob)
+                self._accept(slot, token, logprob, top)
                 if slot.sample is None:
                     break
 
-    def _batch(self, active: Sequence[Slot]) -> DecodeBatch:
-        count, most = len(self._slots), self.tokens_per_dispatch
-        tokens, lengths, budgets = (np.zeros(count, np.int32) for _ in range(3))
-        uniforms = np.zeros((count, most), np.float32)
-        params: list[SamplingParams | None] = [None] * count
-        stop_ids = self._eos | {self._python_end}
-        for slot in active:
-            sample, i = slot.sample, slot.index
-            assert sample is not None
-            (tokens[i],), lengths[i] = slot.pending, len(slot.held)
-            budgets[i] = min(most, self._room(sample))
-            seed = sample.request.params.seed
-            uniforms[i] = sampling.uniforms(seed, sample.row, sample.length, most)
-            params[i] = sample.request.params
-            stop_ids |= sample.request.stop_ids
-        return DecodeBatch(tokens, lengths, budgets, uniforms, tuple(params), stop_ids)
-
     # --- what a token means --------------------------------------------------------------------
 
-    def _accept(self, slot: Slot, token: int, logprob: float) -> None:
+    def _accept(self, slot: Slot, token: int, logprob: float, top: Alternatives) -> None:
         """Take in a sampled token: it ends the reply, or waits, with what a tool adds to it."""
         sample = slot.sample
         assert sample is not None
-        ends = sample.request.stop_ids | (frozenset() if sample.request.ignore_eos else self._eos)
+        ignored = sample.request.params.ignore_eos
+        ends = sample.request.stop_ids | (frozenset() if ignored else self._eos)
         slot.pending = [token]
         if token in ends:
-            self._finish(sample, "stop", stop_id=token, logprob=logprob)
+            self._finish(sample, "stop", stop_id=token, logprob=logprob, top=top)
             slot.sample = None
             return
-        self._emit(sample, token, logprob)
+        self._emit(sample, token, logprob, top)
         for forced in sample.reply.forced_after(token)[: self._room(sample)]:
             slot.pending.append(forced)
             self._emit(sample, forced, None)
@@ -260,12 +298,14 @@ class Engine:
             self.max_length + 1 - sample.length,
         )
 
-    def _emit(self, sample: Sample, token: int, logprob: float | None) -> None:
+    def _emit(
+        self, sample: Sample, token: int, logprob: float | None, top: Alternatives = ()
+    ) -> None:
         part, text = sample.reply.push(token)
         sample.generated += 1
         forced = logprob is None
         self._events.append(
-            Event(sample.number, sample.row, part, text, token, logprob, forced=forced)
+            Event(sample.number, sample.row, part, text, token, logprob, forced=forced, top=top)
         )
 
     def _finish(
@@ -275,6 +315,7 @@ class Engine:
         *,
         stop_id: int | None = None,
         logprob: float | None = None,
+        top: Alternatives = (),
     ) -> None:
         text, part = sample.reply.flush(), sample.reply.part
         self._events.append(
@@ -286,5 +327,6 @@ class Engine:
                 logprob=logprob,
                 finish_reason="stop" if sample.reply.stopped else reason,
                 stop_id=stop_id,
+                top=top,
             )
         )

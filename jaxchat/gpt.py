@@ -253,11 +253,12 @@ class GPT(nnx.Module):
 
     def generate(self, ids: list[int], params: SamplingParams, row: int = 0) -> Iterator[int]:
         """The slow oracle: re-reads the whole text for every token, without a cache."""
-        ids = list(ids)
+        prompt, ids = list(ids), list(ids)
         for _ in range(params.max_tokens):
             logits = np.asarray(self(jnp.asarray([ids]))[0, -1])
             uniform = sampling.uniform(params.seed, row, len(ids))
-            ids.append(sampling.sample(logits, params, uniform))
+            history = sampling.History(prompt, ids[len(prompt) :])
+            ids.append(sampling.sample(logits, params, uniform, history))
             yield ids[-1]
 
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

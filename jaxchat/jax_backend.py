@@ -16,13 +16,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxchat import decoding, devices, kv_cache, optim, sharding
-from jaxchat.backend import DecodeBatch, DecodeResult, Scores
+from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.gpt import GPT
 from jaxchat.kv_cache import KVCache
 from jaxchat.loss import token_scores
 from jaxchat.params import Params, bind, split
+from jaxchat.prompt_scores import PromptScorer
 from jaxchat.schedule import StepSchedule
 from jaxchat.train_step import StepMetrics, TrainState, TrainStep, make_train_step
 
@@ -32,11 +33,13 @@ class JaxBackend:
 
     name = "jax"
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+    ) -> None:
         self.config = config
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
-        self.mesh = sharding.make_mesh()
+        self.mesh = sharding.make_mesh(devices.pick(device))
         self.devices = devices.describe(self.mesh.size)
         self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
         self._graphdef, self._shapes = _structure(config, self.dtype)
@@ -45,6 +48,7 @@ class JaxBackend:
         self._train_step: TrainStep | None = None
         self._score = jax.jit(_score, static_argnums=0)
         self._decoder = decoding.Decoder(self._graphdef, config)
+        self._prompt_scorer = PromptScorer(self._graphdef, config)
         self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
 
     # --- weights -------------------------------------------------------------------------------
@@ -162,6 +166,13 @@ class JaxBackend:
 
     def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
         return self._decoder.decode(self.params, cache, batch)
+
+    def score_prompt(self, ids: np.ndarray) -> PromptScores:
+        return self._prompt_scorer(self._decoder.weights(self.params), ids)
+
+    def warm_up(self, cache: KVCache, steps: int) -> KVCache:
+        self._prompt_scorer.warm_up(self._decoder.weights(self.params), cache.max_length)
+        return self._decoder.warm_up(self.params, cache, steps)
 
 
 def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mapping[str, Any]]:

@@ -26,8 +26,10 @@ class Request:
     """Whether calls of the calculator are answered."""
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the reply, besides `assistant_end` and `bos`."""
-    ignore_eos: bool = False
-    """Whether `assistant_end` and `bos` are tokens like any other (for benchmarks)."""
+
+
+Alternatives = tuple[tuple[int, float], ...]
+"""(token, log-probability) of the likeliest tokens, best first."""
 
 
 class Event(NamedTuple):
@@ -48,9 +50,11 @@ class Event(NamedTuple):
     forced: bool = False
     """Whether the tool wrote this token, not the model."""
     finish_reason: str | None = None
-    """`stop`, `length` or `cancelled`."""
+    """`stop`, `length`, `cancelled`, or `error` where the backend failed."""
     stop_id: int | None = None
     """The token that ended the reply, where one did; it is not part of the reply."""
+    top: Alternatives = ()
+    """What else could have stood here, where the request asked for `top_logprobs`."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Completion:
     finish_reason: str = ""
     stop_id: int | None = None
     stop_logprob: float | None = None
+    tops: list[Alternatives] = field(default_factory=list)
+    """The alternatives to each id."""
 
     @property
     def text(self) -> str:
@@ -88,6 +94,7 @@ class Completion:
         if event.token is not None:
             self.ids.append(event.token)
             self.logprobs.append(event.logprob)
+            self.tops.append(event.top)
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
             self.stop_id, self.stop_logprob = event.stop_id, event.logprob

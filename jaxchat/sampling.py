@@ -5,10 +5,16 @@ Exactly one uniform number per row and position, drawn from a counter-based gene
 gives the same tokens whatever else is in the batch, and on both backends when their logits agree.
 Greedy (temperature 0) is exact argmax, the lowest id on ties.
 
-Filters keep every token that ties with the last one kept, so none depends on a sort's order. Sums
-are taken over blocks of `BLOCK` tokens and then over the blocks: the rounding error of 32768
-float32 terms stays below 1e-6, and a device need not scan a whole vocabulary.
+Penalties and biases (`adjusted`) change the logits first; log-probabilities are always those of
+the model, before all of it. Filters keep every token that ties with the last one kept, so none
+depends on a sort's order. Sums are taken over blocks of `BLOCK` tokens and then over the blocks:
+the rounding error of 32768 float32 terms stays below 1e-6, and a device need not scan a whole
+vocabulary.
 """
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +25,13 @@ BLOCK = 128
 
 MIN_TEMPERATURE = 1e-30
 """Lower ones count as this: division by a denormal float32 is undefined on some devices."""
+
+
+class History(NamedTuple):
+    """The text so far, which penalties look at."""
+
+    prompt: Sequence[int] = ()
+    generated: Sequence[int] = ()
 
 
 def uniform(seed: int, row: int, position: int) -> np.float32:
@@ -34,8 +47,14 @@ def uniforms(seed: int, row: int, position: int, count: int) -> np.ndarray:
     return (state >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
-def sample(logits: np.ndarray, params: SamplingParams, uniform: np.float32) -> int:
-    """One token from (V,) float32 logits: temperature, then top-k, top-p and min-p, then draw."""
+def sample(
+    logits: np.ndarray,
+    params: SamplingParams,
+    uniform: np.float32,
+    history: History = History(),  # noqa: B008 (immutable)
+) -> int:
+    """One token from (V,) float32 logits: penalties, temperature, top-k, top-p, min-p, draw."""
+    logits = adjusted(logits, params, history)
     if params.temperature == 0:
         return int(np.argmax(logits))
     weights = filtered_weights(logits, params)
@@ -49,10 +68,36 @@ def sample(logits: np.ndarray, params: SamplingParams, uniform: np.float32) -> i
     return block * BLOCK + token
 
 
+def adjusted(logits: np.ndarray, params: SamplingParams, history: History) -> np.ndarray:
+    """The logits after repetition, frequency and presence penalty and bias, in this order.
+
+    Repetition counts what the prompt holds too, the others only the reply (as OpenAI and vLLM do).
+    """
+    if not params.adjusts:
+        return logits
+    logits = logits.astype(np.float32)
+    known = sorted({*history.prompt, *history.generated})
+    repetition = np.float32(params.repetition_penalty)
+    before = logits[known]
+    logits[known] = np.where(before > 0, before / repetition, before * repetition)
+    for token, count in Counter(history.generated).items():
+        logits[token] -= np.float32(params.frequency_penalty) * np.float32(count)
+        logits[token] -= np.float32(params.presence_penalty)
+    for token, bias in params.logit_bias:
+        logits[token] += np.float32(bias)
+    return logits
+
+
 def logprob(logits: np.ndarray, token: int) -> float:
     """Log-probability of a token without temperature and filters."""
     shifted = logits.astype(np.float32) - logits.max()
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def alternatives(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens and their log-probabilities, the lowest id first on ties."""
+    best = np.argsort(-logits, kind="stable")[:count].tolist()
+    return tuple((token, logprob(logits, token)) for token in best)
 
 
 def filtered_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:

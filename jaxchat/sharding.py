@@ -6,6 +6,8 @@ the stack is divided, so that an orthogonalisation stays on one device; AdamW's 
 by rows.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -23,7 +25,7 @@ ROWS = P(DATA)
 """(B, ...) evaluation batches, (N, out, in) matrix stacks, (V, D) moments: the leading axis."""
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices on the data axis."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), (DATA,), axis_types=(AxisType.Auto,), devices=devices)

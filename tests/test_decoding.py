@@ -69,6 +69,7 @@ def batch_of(requests, *, budgets=None, stop_ids=NONE, steps=N):
         lengths=lengths,
         budgets=np.array(budgets or [steps if r else 0 for r in requests], np.int32),
         uniforms=uniforms,
+        prompt_lengths=lengths + 1,
         params=tuple(r[1] if r else None for r in requests),
         stop_ids=stop_ids,
     )
@@ -250,9 +251,9 @@ def test_nothing_compiles_after_warm_up():
 
 def test_weights_are_converted_once_and_again_when_they_change():
     decoder, params, _, _ = setup()
-    first = decoder._prepare(params)
-    assert decoder._prepare(params) is first
-    assert decoder._prepare(dict(params)) is not first
+    first = decoder.weights(params)
+    assert decoder.weights(params) is first
+    assert decoder.weights(dict(params)) is not first
 
 
 def test_decoding_in_bfloat16_keeps_the_cache_and_the_stream_in_it():
@@ -265,4 +266,4 @@ def test_decoding_in_bfloat16_keeps_the_cache_and_the_stream_in_it():
     result = decoder.decode(params, cache, batch_of([(TEXT[:21].tolist(), SAMPLED, 0)]))
     assert logits.dtype == np.float32
     assert {x.dtype for x in result.cache.keys + result.cache.values} == {jnp.dtype("bfloat16")}
-    assert {x.dtype for x in decoder._prepare(params).values()} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in decoder.weights(params).values()} == {jnp.dtype("bfloat16")}

@@ -96,8 +96,7 @@ def test_bos_in_the_middle_of_a_reply_ends_it():
 def test_eos_can_be_ignored():
     reply = reply_to(
         script("a", "<bos>", "b", "<assistant_end>", "cdefgh"),
-        params=replace(GREEDY, max_tokens=7),
-        ignore_eos=True,
+        params=replace(GREEDY, max_tokens=7, ignore_eos=True),
     )
     assert len(reply.ids) == 7
     assert reply.text.startswith("abc")
@@ -353,8 +352,7 @@ def requests(count):
     return [
         Request(
             rng.integers(0, 256, 1 + 5 * i).tolist(),
-            replace(SAMPLED, seed=i, temperature=0.5 * (i % 3)),
-            ignore_eos=True,
+            replace(SAMPLED, seed=i, temperature=0.5 * (i % 3), ignore_eos=True),
         )
         for i in range(count)
     ]
@@ -407,7 +405,7 @@ def test_turns_of_a_conversation_give_what_a_fresh_engine_gives():
     (reply,) = engine.complete([first])
     for cut in (len(first.ids) - 3, len(first.ids), len(first.ids) + len(reply.ids)):
         ids = [*[*first.ids, *reply.ids][:cut], 33, 44, 55]
-        request = Request(ids, SAMPLED, ignore_eos=True)
+        request = Request(ids, replace(SAMPLED, ignore_eos=True))
         assert engine.complete([request])[0].ids == real_engine(1).complete([request])[0].ids
 
 

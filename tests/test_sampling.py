@@ -17,7 +17,12 @@ VOCAB = 300
 ROWS = 8
 
 
-sample_on_device = jax.jit(device_sampling.sample)
+@jax.jit
+def sample_on_device(logits, params, uniforms):
+    tokens = device_sampling.sample(logits, params, uniforms)
+    return tokens, device_sampling.logprob(logits, tokens)
+
+
 filter_on_device = jax.jit(device_sampling.filtered_weights)
 
 

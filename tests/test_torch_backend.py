@@ -196,6 +196,7 @@ def decode_batch(tokens, lengths, budgets, *, params=None, width=16, stop_ids=()
         lengths=np.array(lengths, np.int32),
         budgets=np.array(budgets, np.int32),
         uniforms=np.stack([sampling.uniforms(0, row, lengths[row] + 1, width) for row in rows]),
+        prompt_lengths=np.array(lengths, np.int32),
         params=tuple(p if budget else None for p, budget in zip(params, budgets, strict=True)),
         stop_ids=frozenset(stop_ids),
     )
@@ -309,7 +310,7 @@ def test_the_sampler_is_the_definition():
     ]
     uniforms = rng.random(200, np.float32)
     rows = device_sampling.row_params(params, torch.device("cpu"))
-    tokens, _ = device_sampling.sample(torch.from_numpy(logits), rows, torch.from_numpy(uniforms))
+    tokens = device_sampling.sample(torch.from_numpy(logits), rows, torch.from_numpy(uniforms))
     expected = [sampling.sample(*row) for row in zip(logits, params, uniforms, strict=True)]
     assert tokens.tolist() == expected
 
@@ -318,7 +319,7 @@ def test_the_sampler_is_the_definition():
 def test_extreme_numbers_draw_tokens_that_survive_the_filters(uniform):
     logits = torch.linspace(-3, 3, 300)[None]
     rows = device_sampling.row_params([SamplingParams(top_k=3)], logits.device)
-    token, _ = device_sampling.sample(logits, rows, torch.tensor([uniform]))
+    token = device_sampling.sample(logits, rows, torch.tensor([uniform]))
     assert int(token) in (297, 299)
 
 

@@ -5,14 +5,19 @@ the rows and positions in use, so that nothing need be padded to few shapes. Lef
 sits in which row, and what its tokens mean (jaxchat/engine.py).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from jaxchat.backend import DecodeBatch, DecodeResult
-from torch_ref import device_sampling
+from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores
+from torch_ref import device_sampling, penalties
 from torch_ref.gpt import GPT
 from torch_ref.kv_cache import KVCache, read_rows, write_rows
+
+CHUNK = 64
+"""Positions of a prompt whose logits exist at the same time."""
 
 
 @torch.no_grad()
@@ -55,17 +60,56 @@ def decode(model: GPT, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
     rows = slice(int(live[0]), int(live[-1]) + 1)
     part = read_rows(cache, rows, needed)
     part, sampled = _decode_rows(model, part, batch, rows)
-    made, scores, counts[rows] = sampled
-    mine = np.arange(made.shape[1]) < counts[rows, None]
-    tokens[rows, : made.shape[1]] = made * mine
-    logprobs[rows, : made.shape[1]] = np.where(mine, scores, np.float32(0))
-    return DecodeResult(write_rows(cache, rows, part), tokens, logprobs, counts)
+    steps = slice(0, sampled.tokens.shape[1])
+    counts[rows] = sampled.counts
+    mine = np.arange(steps.stop) < counts[rows, None]
+    tokens[rows, steps] = sampled.tokens * mine
+    logprobs[rows, steps] = np.where(mine, sampled.logprobs, np.float32(0))
+    result = DecodeResult(write_rows(cache, rows, part), tokens, logprobs, counts)
+    if sampled.top_ids is None:
+        return result
+    shape = (size, width, sampled.top_ids.shape[2])
+    top_ids, top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    top_ids[rows, steps], top_logprobs[rows, steps] = sampled.top_ids, sampled.top_logprobs
+    return result._replace(top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+@torch.no_grad()
+def score_prompt(model: GPT, ids: np.ndarray) -> PromptScores:
+    """See `Backend.score_prompt`."""
+    if not 1 <= len(ids) <= model.config.sequence_len:
+        raise ValueError(
+            f"a text of {len(ids)} tokens cannot be scored: "
+            f"this model reads 1 to {model.config.sequence_len}"
+        )
+    tokens = torch.from_numpy(np.asarray(ids, np.int64)).to(model.wte.weight.device)
+    hidden, _ = model.hidden(tokens[None])
+    before = hidden[0].roll(1, dims=0)  # position t holds what predicts token t
+    parts = []
+    for states, targets in zip(before.split(CHUNK), tokens.split(CHUNK), strict=True):
+        logits = model.logits(states)
+        scored = device_sampling.logprob(logits, targets)
+        parts.append((scored, *device_sampling.alternatives(logits)))
+    logprobs, top_ids, top_logprobs = (
+        torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
+    )
+    return PromptScores(logprobs, top_ids.astype(np.int32), top_logprobs)
+
+
+class _Sampled(NamedTuple):
+    """`DecodeResult` without the cache, as long as the dispatch was."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    counts: np.ndarray
+    top_ids: np.ndarray | None
+    top_logprobs: np.ndarray | None
 
 
 def _decode_rows(
     model: GPT, cache: KVCache, batch: DecodeBatch, rows: slice
-) -> tuple[KVCache, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All rows step together until none is running; the tokens, log-probabilities and counts.
+) -> tuple[KVCache, _Sampled]:
+    """All rows step together until none is running.
 
     Rows that do not run compute too, and nothing is kept of it.
     """
@@ -79,19 +123,33 @@ def _decode_rows(
     params = device_sampling.row_params(batch.params[rows], device)
     stops = torch.tensor(sorted(batch.stop_ids), dtype=torch.int64, device=device)
     counts, running = torch.zeros_like(budgets), budgets > 0
-    tokens, logprobs = [], []
+    seen = penalties.tally(
+        batch.params[rows],
+        cache.ids[:, 0, :, 0],
+        newest,
+        place(batch.lengths),
+        place(batch.prompt_lengths),
+        model.config.vocab_size,
+    )
+    with_top = any(row is not None and row.top_logprobs for row in batch.params)
+    steps = []
     for step in range(uniforms.shape[1]):
         hidden, longer = model.hidden(newest[:, None], cache, running.long())
         assert longer is not None
         cache, logits = longer, model.logits(hidden[:, 0])
-        drawn, scores = device_sampling.sample(logits, params, uniforms[:, step])
+        choices = penalties.adjust(logits, seen)
+        drawn = device_sampling.sample(choices, params, uniforms[:, step])
         newest = torch.where(running, drawn, newest)
-        tokens.append(newest)
-        logprobs.append(scores)
+        penalties.add(seen, newest, running)
+        top = device_sampling.alternatives(logits) if with_top else ()
+        steps.append((newest, device_sampling.logprob(logits, newest), *top))
         counts = counts + running
         stopped = (newest[:, None] == stops).any(dim=1)
         running = running & ~stopped & (counts < budgets)
         if not running.any().item():
             break
-    made, scores = (torch.stack(x, dim=1).cpu().numpy() for x in (tokens, logprobs))
-    return cache, (made, scores, counts.cpu().numpy())
+    tokens, logprobs, *top = (
+        torch.stack(column, dim=1).cpu().numpy() for column in zip(*steps, strict=True)
+    )
+    top_ids, top_logprobs = top or (None, None)
+    return cache, _Sampled(tokens, logprobs, counts.cpu().numpy(), top_ids, top_logprobs)

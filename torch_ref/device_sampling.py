@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jaxchat.config import SamplingParams
+from jaxchat.config import MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.sampling import BLOCK
 
 
@@ -54,14 +54,30 @@ def row_params(rows: Sequence[SamplingParams | None], device: torch.device) -> R
 
 def sample(
     logits: Float[Tensor, "S V"], params: RowParams, uniforms: Float[Tensor, " S"]
-) -> tuple[Int[Tensor, " S"], Float[Tensor, " S"]]:
-    """A token for every row, and its log-probability without temperature and filters."""
+) -> Int[Tensor, " S"]:
+    """A token for every row."""
     tokens = logits.argmax(dim=-1)
     if params.any_sampled:
         drawn = _draw(filtered_weights(logits, params), uniforms)
         tokens = torch.where(params.sampled, drawn, tokens)
-    chosen = logits.gather(1, tokens[:, None])[:, 0]
-    return tokens, chosen - logits.logsumexp(dim=-1)
+    return tokens
+
+
+def logprob(logits: Float[Tensor, "S V"], tokens: Int[Tensor, " S"]) -> Float[Tensor, " S"]:
+    """Log-probabilities of one token per row."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def alternatives(
+    logits: Float[Tensor, "S V"],
+) -> tuple[Int[Tensor, "S K"], Float[Tensor, "S K"]]:
+    """The likeliest tokens of every row, the lowest id first on ties, and their log-probabilities.
+
+    `topk` promises no order among equals.
+    """
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    best, ids = (x[:, :MAX_TOP_LOGPROBS] for x in ordered)
+    return ids, best - logits.logsumexp(dim=-1, keepdim=True)
 
 
 def filtered_weights(logits: Float[Tensor, "S V"], params: RowParams) -> Float[Tensor, "S V"]:

@@ -243,12 +243,13 @@ class GPT(nn.Module):
 
     def generate(self, ids: list[int], params: SamplingParams, row: int = 0) -> Iterator[int]:
         """The slow oracle: re-reads the whole text for every token, without a cache."""
-        ids = list(ids)
+        prompt, ids = list(ids), list(ids)
         for _ in range(params.max_tokens):
             with torch.no_grad():
                 logits = self(torch.tensor([ids], device=self.wte.weight.device))[0, -1]
             uniform = sampling.uniform(params.seed, row, len(ids))
-            ids.append(sampling.sample(logits.cpu().numpy(), params, uniform))
+            history = sampling.History(prompt, ids[len(prompt) :])
+            ids.append(sampling.sample(logits.cpu().numpy(), params, uniform, history))
             yield ids[-1]
 
     def _embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

@@ -14,8 +14,11 @@ PLATFORMS = {"cuda": "gpu", "mps": "mps", "cpu": "cpu"}
 """What `DeviceInfo` calls torch's device types."""
 
 
-def pick_device() -> torch.device:
-    """CUDA, else MPS, else the CPU, unless `JAXCHAT_DEVICE` asks for one of them."""
+def pick_device(number: int | None = None) -> torch.device:
+    """CUDA, else MPS, else the CPU, unless `JAXCHAT_DEVICE` asks for one of them.
+
+    `number` tells which of several; None is this process's own. ValueError where there is none.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -25,8 +28,11 @@ def pick_device() -> torch.device:
     if not there.get(asked, False):
         found = ", ".join(name for name in there if there[name])
         raise ValueError(f"JAXCHAT_DEVICE={asked!r} is not on this machine; it has {found}")
+    count = torch.cuda.device_count() if asked == "cuda" else 1
+    if number is not None and not 0 <= number < count:
+        raise ValueError(f"there is no {asked} device {number}: {count} here, counted from 0")
     if asked == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0"))
+        index = int(os.environ.get("LOCAL_RANK", "0")) if number is None else number
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(asked)

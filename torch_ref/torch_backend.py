@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jaxchat.backend import DecodeBatch, DecodeResult, Scores
+from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.schedule import StepSchedule
@@ -38,9 +38,11 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+    ) -> None:
         self.config = config
-        self.device = runtime.pick_device()
+        self.device = runtime.pick_device(device)
         self.dtype = runtime.compute_dtype(self.device, dtype)
         self.ranks = join_ranks(self.device)
         self.devices = runtime.describe(self.device, self.ranks.world)
@@ -192,6 +194,14 @@ class TorchBackend:
 
     def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
         return decoding.decode(self._decoding_model(), cache, batch)
+
+    def score_prompt(self, ids: np.ndarray) -> PromptScores:
+        return decoding.score_prompt(self._decoding_model(), ids)
+
+    def warm_up(self, cache: KVCache, steps: int) -> KVCache:
+        """Nothing compiles: one token makes the libraries choose their kernels."""
+        del steps
+        return self.prefill(cache, 0, np.zeros(1, np.int32), 0)[0]
 
     def _decoding_model(self) -> GPT:
         """The model with weights in the compute dtype: cast once, not for every token."""

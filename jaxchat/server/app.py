@@ -1,0 +1,81 @@
+"""The ASGI app: engines, limits and paths put together."""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from jaxchat import __version__
+from jaxchat.engine import Engine
+from jaxchat.server import chat, completions, errors, status, tokens
+from jaxchat.server.gate import Gate
+from jaxchat.server.metrics import Metrics
+from jaxchat.server.page import page_routes
+from jaxchat.server.pool import Pool
+from jaxchat.server.service import ClientLeft, Service
+from jaxchat.server.settings import ServerSettings
+from jaxchat.server.worker import Worker
+
+
+def create_app(engines: Sequence[Engine], settings: ServerSettings) -> FastAPI:
+    """The app over engines with the same model; they warm up when the app starts."""
+    workers = [Worker(engine, name=f"replica-{i}") for i, engine in enumerate(engines)]
+    metrics = Metrics(settings.model_name, workers)
+    pool = Pool(workers, metrics, max_waiting=settings.max_waiting, timeout_s=settings.timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        pool.start()
+        yield
+        await pool.stop()
+
+    app = FastAPI(
+        title="jaxchat",
+        version=__version__,
+        description="A model of this project behind the API of OpenAI's clients.",
+        docs_url=None,  # both load their scripts from another host
+        redoc_url=None,
+        lifespan=lifespan,
+        default_response_class=errors.AsciiJSON,
+    )
+    app.state.service = Service(pool, engines[0].tokenizer, settings, metrics)
+    errors.install(app)
+    app.add_exception_handler(ClientLeft, _nobody_reads)
+    for module in (chat, completions, tokens, status):
+        app.include_router(module.router)
+    app.router.routes.extend(page_routes())
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
+    return app
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema without status 422, which this server words as 400, and with its keys."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{}, {"key": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+async def _nobody_reads(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=400)

@@ -1,0 +1,220 @@
+"""`/v1/completions`: text or token ids in, what follows out; with `echo` also what they score."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from jaxchat.backend import PromptScores
+from jaxchat.config import SamplingParams
+from jaxchat.request import Event
+from jaxchat.request import Request as EngineRequest
+from jaxchat.server import responses
+from jaxchat.server.chat import GENERATION_ERRORS, STREAMED
+from jaxchat.server.errors import ApiError, AsciiJSON
+from jaxchat.server.logprobs import CompletionLog, TokenLog
+from jaxchat.server.requests import CompletionRequest
+from jaxchat.server.service import (
+    Service,
+    new_id,
+    random_seed,
+    service_of,
+    usage,
+    while_connected,
+)
+from jaxchat.server.sse import EventStream
+
+router = APIRouter()
+
+MAX_TOKENS = 16
+"""Of a request that names no limit, as in OpenAI's API."""
+
+
+@router.post(
+    "/v1/completions",
+    response_model=responses.Completion,
+    responses={**STREAMED, **GENERATION_ERRORS},
+    operation_id="complete",
+)
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """What follows one or several texts."""
+    service = service_of(request)
+    service.check_model(body.model)
+    service.pool.check_open()
+    prompts = await run_in_threadpool(_prompts, service, body)
+    reply = _Reply(service, body, prompts)
+    if body.stream:
+        return EventStream(reply.stream())
+    return await while_connected(request, reply.whole())
+
+
+def _prompts(service: Service, body: CompletionRequest) -> list[EngineRequest]:
+    """One engine request for every prompt; everything that can be wrong is found here."""
+    given = body.prompt
+    texts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
+    n = body.n or 1
+    service.check_samples(len(texts) * n)
+    wanted = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if not wanted and not body.echo:
+        raise ApiError(400, "max_tokens=0 asks for nothing without echo.", param="max_tokens")
+    params = service.sampling(
+        body,
+        max_tokens=max(1, wanted),
+        seed=random_seed(),
+        temperature=1.0,
+        top_k=0,
+        top_logprobs=body.logprobs or 0,
+    )
+    return [_prompt(service, text, params, n, wanted) for text in texts]
+
+
+def _prompt(
+    service: Service, text: str | list[int], params: SamplingParams, n: int, wanted: int
+) -> EngineRequest:
+    ids = (
+        [service.tokenizer.bos_id, *service.tokenizer.encode(text)]
+        if isinstance(text, str)
+        else list(text)
+    )
+    service.room(len(ids), wanted, param="prompt")
+    request = EngineRequest(ids, replace(params), n=n, tools=False)
+    service.check(request, param="prompt")
+    return request
+
+
+class _Reply:
+    """The answer to one request, in the making."""
+
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: list[EngineRequest]
+    ) -> None:
+        self.service, self.body, self.prompts = service, body, prompts
+        self._id, self._created = new_id("cmpl"), int(time.time())
+        self._written = 0
+
+    async def whole(self) -> Response:
+        tasks = [
+            asyncio.ensure_future(self._whole_prompt(number)) for number in range(len(self.prompts))
+        ]
+        try:
+            groups = await asyncio.gather(*tasks)
+        finally:  # one that fails ends its siblings
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        choices = [choice for group in groups for choice in group]
+        return AsciiJSON({**self._head(), "choices": choices, **self._usage()})
+
+    async def _whole_prompt(self, number: int) -> list[dict[str, Any]]:
+        """The choices of one prompt: its chunks, put together."""
+        choices: dict[int, dict[str, Any]] = {}
+        async with contextlib.aclosing(self._prompt(number)) as batches:
+            async for batch in batches:
+                for chunk in batch:
+                    whole = choices.setdefault(chunk["index"], chunk)
+                    if whole is chunk:
+                        continue
+                    whole["text"] += chunk["text"]
+                    whole["finish_reason"] = chunk["finish_reason"]
+                    for name, values in (chunk["logprobs"] or {}).items():
+                        whole["logprobs"][name] += values
+        return [choices[index] for index in sorted(choices)]
+
+    async def stream(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+        counted = {"usage": None} if self.body.with_usage else {}
+        async with contextlib.aclosing(self._merged()) as batches:
+            async for batch in batches:
+                yield [{**self._head(), "choices": [choice], **counted} for choice in batch]
+        if self.body.with_usage:
+            yield [{**self._head(), "choices": [], **self._usage()}]
+
+    async def _merged(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The chunks of all prompts as they come."""
+        chunks: asyncio.Queue[list[dict[str, Any]]] = asyncio.Queue()
+
+        async def forward(number: int) -> None:
+            async with contextlib.aclosing(self._prompt(number)) as batches:
+                async for batch in batches:
+                    chunks.put_nowait(batch)
+
+        gathered = asyncio.gather(*(forward(number) for number in range(len(self.prompts))))
+        gathered.add_done_callback(lambda _: chunks.put_nowait([]))
+        try:
+            while not gathered.done() or not chunks.empty():
+                if batch := await chunks.get():
+                    yield batch
+            gathered.result()
+        finally:
+            gathered.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await gathered
+
+    async def _prompt(self, number: int) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The chunks of one prompt; the first of each choice holds the echo."""
+        request, n = self.prompts[number], self.body.n or 1
+        echoed, scores = "", None
+        if self.body.echo:
+            echoed = self._shown(list(request.ids))
+            if self.body.logprobs is not None:
+                scores = await self.service.pool.score_prompt(request.ids)
+        begun = [self._chunk(number * n + row, echoed) for row in range(n)]
+        if scores is not None:
+            for chunk in begun:
+                chunk["logprobs"] = self._prompt_log(list(request.ids), scores)
+        if self.body.max_tokens == 0:
+            yield [{**chunk, "finish_reason": "length"} for chunk in begun]
+            return
+        if self.body.echo:
+            yield begun
+        logs = [TokenLog(self.service.tokenizer) for _ in range(n)]
+        async with contextlib.aclosing(self.service.pool.run(request)) as batches:
+            async for batch in batches:
+                out = []
+                for event in batch:
+                    self._written += event.token is not None or event.stop_id is not None
+                    chunk = self._chunk(number * n + event.row, event.text)
+                    chunk["finish_reason"] = event.finish_reason
+                    chunk["logprobs"] = self._log(logs[event.row], event, len(echoed))
+                    told = chunk["logprobs"] and chunk["logprobs"]["tokens"]
+                    if event.text or event.finish_reason or told:
+                        out.append(chunk)
+                yield out
+
+    def _log(self, log: TokenLog, event: Event, start: int) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        lists = CompletionLog(self.service.tokenizer, self.body.logprobs)
+        for offset, shown in log.push(event):
+            lists.add(shown, start + offset)
+        return lists.lists
+
+    def _prompt_log(self, ids: list[int], scores: PromptScores) -> dict[str, Any]:
+        lists = CompletionLog(self.service.tokenizer, self.body.logprobs or 0)
+        lists.add_prompt(ids, scores)
+        return lists.lists
+
+    def _shown(self, ids: list[int]) -> str:
+        """The text of a prompt, without its special tokens."""
+        first_special = self.service.tokenizer.special_id("bos")
+        return self.service.tokenizer.decode(id for id in ids if id < first_special)
+
+    def _chunk(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def _head(self) -> dict[str, Any]:
+        name = self.service.settings.model_name
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": name,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        return {"usage": usage(sum(len(one.ids) for one in self.prompts), self._written)}

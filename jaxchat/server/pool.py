@@ -1,0 +1,108 @@
+"""All replicas: which one takes a request, and when none does."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from jaxchat.backend import PromptScores
+from jaxchat.request import Event, Request
+from jaxchat.server.errors import ApiError
+from jaxchat.server.metrics import Metrics
+from jaxchat.server.worker import EngineFailed, Worker
+
+STOP_S = 30.0
+"""How long a worker may take for its last step."""
+
+
+class Pool:
+    """Workers with the same model."""
+
+    def __init__(
+        self, workers: Sequence[Worker], metrics: Metrics, *, max_waiting: int, timeout_s: float
+    ) -> None:
+        self.workers, self.metrics = workers, metrics
+        self.draining = False
+        """Whether the server has been told to stop: what is under way ends, nothing begins."""
+        self._max_waiting, self._timeout_s = max_waiting, timeout_s
+
+    def start(self) -> None:
+        """Warm all replicas up, each in its thread."""
+        for worker in self.workers:
+            worker.start(asyncio.get_running_loop())
+
+    async def stop(self) -> None:
+        self.draining = True
+        await asyncio.gather(*(asyncio.to_thread(worker.stop, STOP_S) for worker in self.workers))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken, were the queue empty."""
+        return not self.draining and any(worker.available for worker in self.workers)
+
+    def check_ready(self) -> None:
+        """ApiError 503 before warm-up, while stopping, and when every engine has failed."""
+        if self.draining:
+            raise ApiError(503, "The server is stopping.", retry_after_s=10)
+        if not any(worker.available for worker in self.workers):
+            failed = all(worker.failed for worker in self.workers)
+            state = "has failed and must be started again" if failed else "is starting"
+            raise ApiError(503, f"The server {state}.", retry_after_s=10)
+
+    def check_open(self) -> None:
+        """ApiError 503 when a request cannot be taken now: not ready, or too many wait."""
+        self.check_ready()
+        slots = sum(worker.engine.slots for worker in self.workers if worker.available)
+        waiting = sum(worker.load for worker in self.workers) - slots
+        if waiting >= self._max_waiting:
+            raise ApiError(
+                503, f"The server is busy: {waiting} replies wait for a slot.", retry_after_s=2
+            )
+
+    def check(self, request: Request) -> None:
+        """ValueError for a request that an engine would refuse."""
+        self.workers[0].engine.check(request)
+
+    async def run(self, request: Request) -> AsyncGenerator[Sequence[Event], None]:
+        """The events of one request, those of one step together, from the least busy replica.
+
+        ApiError 500 when the engine fails, 503 when the request takes too long. Closing the
+        iterator frees the slots.
+        """
+        watch = self.metrics.watch(len(request.ids))
+        stream = self._least_busy().submit(request)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async for batch in stream.batches():
+                    watch.saw(batch)
+                    yield batch
+        except TimeoutError:
+            self.metrics.ended("timeout")
+            raise self._too_slow() from None
+        except EngineFailed as error:
+            self.metrics.ended("error")
+            raise ApiError(500, f"Generation failed: {error}.") from error
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.ended("abort")
+            raise
+        finally:
+            stream.close()
+
+    async def score_prompt(self, ids: Sequence[int]) -> PromptScores:
+        """Log-probabilities of a prompt; errors as in `run`."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._least_busy().score_prompt(ids)
+        except TimeoutError:
+            raise self._too_slow() from None
+        except EngineFailed as error:
+            raise ApiError(500, f"Scoring failed: {error}.") from error
+
+    def _least_busy(self) -> Worker:
+        available = [worker for worker in self.workers if worker.available]
+        if not available:
+            raise ApiError(503, "No engine is running.", retry_after_s=10)
+        return min(available, key=lambda worker: worker.load)
+
+    def _too_slow(self) -> ApiError:
+        return ApiError(
+            503, f"The request took longer than {self._timeout_s:g} s.", retry_after_s=5
+        )

@@ -1,0 +1,127 @@
+"""What every path works with, and what they do alike."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from jaxchat.config import SamplingParams
+from jaxchat.request import Request as EngineRequest
+from jaxchat.server.errors import ApiError
+from jaxchat.server.metrics import Metrics
+from jaxchat.server.pool import Pool
+from jaxchat.server.requests import Sampling
+from jaxchat.server.settings import ServerSettings
+from jaxchat.server.sse import client_leaves
+from jaxchat.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """One server's parts."""
+
+    pool: Pool
+    tokenizer: Tokenizer
+    settings: ServerSettings
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a prompt and its reply may have."""
+        return self.pool.workers[0].engine.max_length
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for a model that is not ours."""
+        own = self.settings.model_name
+        if name is not None and name != own:
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; this server has {own!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_samples(self, count: int) -> None:
+        """ApiError 400 for more replies than one request may have."""
+        most = self.settings.max_samples
+        if count > most:
+            raise ApiError(
+                400, f"{count} replies in one request (prompts x n), at most {most}.", param="n"
+            )
+
+    def room(self, prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
+        """Tokens that the reply may have. ApiError 400, with the numbers, when they do not fit."""
+        context = self.max_length
+        wanted = 1 if max_tokens is None else max_tokens
+        if prompt_tokens + wanted > context:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {context} tokens. However, you requested "
+                f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the {param}, {wanted} in the "
+                "completion). Shorten one of them.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return context - prompt_tokens if max_tokens is None else max_tokens
+
+    def sampling(self, body: Sampling, **options: Any) -> SamplingParams:
+        """`body.sampling(**options)`; ApiError 400 for values that do not go together."""
+        try:
+            return body.sampling(**options)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.") from error
+
+    def check(self, request: EngineRequest, *, param: str) -> None:
+        """ApiError 400 for what the engine would refuse."""
+        try:
+            self.pool.check(request)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", param=param) from error
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def new_id(kind: str) -> str:
+    """A fresh id such as `chatcmpl-2f0c...`."""
+    return f"{kind}-{secrets.token_hex(12)}"
+
+
+def random_seed() -> int:
+    """Of a request that names none."""
+    return secrets.randbits(63)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(client_leaves(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class ClientLeft(Exception):
+    """Nobody reads the answer any more."""

@@ -1,0 +1,45 @@
+"""What a server allows. The defaults are those of a machine that strangers can reach."""
+
+from dataclasses import dataclass, field
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine. A page of another site that resolves its own name to us is refused."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits and defaults of one server."""
+
+    model_name: str
+    """The model's id in `/v1/models`."""
+    temperature: float = 0.6
+    """Of chat requests that name none; plain completions take 1, as OpenAI's API does."""
+    top_k: int = 50
+    """Likewise; plain completions keep all."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Accepted bearer tokens; none means that nobody is asked for one."""
+    requests_per_minute: int = 600
+    """Per API key; 0 is no limit."""
+    allowed_hosts: tuple[str, ...] = LOOPBACK
+    """Accepted host names of a request; empty accepts any."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call the API (CORS)."""
+    max_body_bytes: int = 1 << 20
+    """Longest request body."""
+    max_messages: int = 512
+    """Most messages of one conversation."""
+    max_samples: int = 128
+    """Most replies of one request: prompts times n."""
+    max_waiting: int = 256
+    """Replies that may wait for a slot; beyond, requests are sent away."""
+    timeout_s: float = 300.0
+    """Longest that one request may take."""
+
+    def __post_init__(self) -> None:
+        positive = ("max_body_bytes", "max_messages", "max_samples", "max_waiting", "timeout_s")
+        bad = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
+        bad += ["requests_per_minute must be at least 0"] * (self.requests_per_minute < 0)
+        if bad:
+            raise ValueError(f"server settings out of range: {', '.join(bad)}")
+        if not all(self.api_keys):
+            raise ValueError("an API key is empty: remove it or the blank line that it stands on")

@@ -1,0 +1,71 @@
+"""Server-sent events: JSON documents as they come, `[DONE]` at the end.
+
+A client that leaves is noticed at once, also while nothing is sent: the iterator is then closed,
+which frees its slots.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jaxchat.server.errors import ApiError
+
+log = logging.getLogger("jaxchat.server")
+
+
+class EventStream(Response):
+    """Batches of documents; those of one batch leave together."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, batches: AsyncGenerator[Sequence[dict[str, Any]], None]) -> None:
+        super().__init__()
+        del self.headers["content-length"]
+        self.headers["X-Accel-Buffering"] = "no"
+        self._batches = batches
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(client_leaves(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, leaving):
+                task.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with contextlib.aclosing(self._batches) as batches:
+            try:
+                async for batch in batches:
+                    await _write(send, b"".join(map(document, batch)))
+            except ApiError as error:  # the status is out already
+                await _write(send, document(error.body()))
+            else:
+                await _write(send, b"data: [DONE]\n\n")
+        await _write(send, b"", more=False)
+
+
+def document(content: dict[str, Any]) -> bytes:
+    """One event. ASCII, so that nothing in it can end a line."""
+    return b"data: " + json.dumps(content, ensure_ascii=True, allow_nan=False).encode() + b"\n\n"
+
+
+async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def client_leaves(receive: Receive) -> None:
+    """Returns when the client has gone; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,90 @@
+"""What the server has and how it does: models, health, readiness, metrics."""
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import Response
+
+from jaxchat.server import responses
+from jaxchat.server.errors import AsciiJSON, documented
+from jaxchat.server.service import Service, service_of
+
+router = APIRouter()
+
+KEYED = documented(401, 429)
+
+
+@router.get("/v1/models", response_model=responses.ModelList, responses=KEYED)
+async def models(request: Request) -> Response:
+    """The one model that this server has, as a list."""
+    return AsciiJSON({"object": "list", "data": [_card(service_of(request))]})
+
+
+@router.get(
+    "/v1/models/{model}", response_model=responses.ModelCard, responses=documented(401, 404, 429)
+)
+async def model(model: str, request: Request) -> Response:
+    """A model by its id."""
+    service = service_of(request)
+    service.check_model(model)
+    return AsciiJSON(_card(service))
+
+
+@router.get("/health", response_model=responses.Health, responses=documented())
+async def health(request: Request) -> Response:
+    """Whether the process lives."""
+    return AsciiJSON({"status": "ok", "ready": service_of(request).pool.ready})
+
+
+@router.get("/ready", response_model=responses.Health, responses=documented(503))
+async def ready(request: Request) -> Response:
+    """Whether requests are taken: not before warm-up, not while stopping, not after a failure."""
+    pool = service_of(request).pool
+    pool.check_ready()
+    return AsciiJSON({"status": "ok", "ready": True})
+
+
+@router.get(
+    "/metrics",
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Metrics."},
+        **KEYED,
+    },
+    response_class=Response,
+)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    text = service_of(request).metrics.text()
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+@router.get("/stats", response_model=responses.Stats, responses=KEYED)
+async def stats(request: Request) -> Response:
+    """The replicas, one by one."""
+    service = service_of(request)
+    replicas = [
+        {
+            "name": worker.name,
+            "device": worker.engine.backend.devices.description,
+            "slots": worker.engine.slots,
+            "load": worker.load,
+            "available": worker.available,
+        }
+        for worker in service.pool.workers
+    ]
+    answer = {
+        "model": service.settings.model_name,
+        "total_workers": len(replicas),
+        "available_workers": sum(replica["available"] for replica in replicas),
+        "workers": replicas,
+    }
+    return AsciiJSON(answer)
+
+
+def _card(service: Service) -> dict[str, object]:
+    return {
+        "id": service.settings.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "jaxchat",
+        "max_model_len": service.max_length,
+    }

@@ -1,0 +1,132 @@
+"""Serve a model to a browser and to every client of OpenAI's API.
+
+    python -m scripts.chat_web                # the deepest finetuned model, for this machine only
+    python -m scripts.chat_web --replicas 8   # one engine on each of eight local devices
+    python -m scripts.chat_web --host 0.0.0.0 --api-key-file keys.txt   # one key a line
+
+Point a client at http://127.0.0.1:8000/v1. `/ready` answers 200 once everything is compiled,
+`/metrics` is for Prometheus. SIGTERM lets replies that are under way end, then exits with 0.
+API keys may also come in JAXCHAT_API_KEYS, separated by commas.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from jaxchat import cli
+from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.checkpoint import find_model_tag, load_model
+from jaxchat.engine import SLOTS, Engine
+from jaxchat.server import serve
+from jaxchat.server.app import create_app
+from jaxchat.server.settings import LOOPBACK, ServerSettings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which model, where, and for whom."""
+
+    source: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "sft"
+    """Stage of the model. A base model continues text, the others converse."""
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
+    """Model of that stage, such as d12; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Checkpoint of that model; the newest when not set."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every address of this machine."""
+    port: Annotated[int, cli.arg(aliases=["-p"])] = 8000
+    """Port to listen at."""
+    replicas: int = 1
+    """Engines, each on a local device of its own."""
+    slots: int = SLOTS
+    """Replies that an engine writes at the same time."""
+    max_length: int | None = None
+    """Tokens of a prompt and its reply together; the model's context when not set."""
+    temperature: Annotated[float, cli.arg(aliases=["-t"])] = ServerSettings.temperature
+    """Of chat requests that name none."""
+    top_k: Annotated[int, cli.arg(aliases=["-k"])] = ServerSettings.top_k
+    """Of chat requests that name none; 0 for all."""
+    api_key_file: Path | None = None
+    """File with one API key a line; without keys nobody is asked for one."""
+    requests_per_minute: int = ServerSettings.requests_per_minute
+    """For each API key; 0 for no limit."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that the server answers to, besides the address it listens at."""
+    allowed_origins: tuple[str, ...] = ()
+    """Sites whose pages may call the API, such as https://example.org."""
+    max_waiting: int = ServerSettings.max_waiting
+    """Replies that may wait for a slot before requests are sent away."""
+    timeout_s: float = ServerSettings.timeout_s
+    """Longest that one request may take."""
+    grace_s: int = 30
+    """How long replies that are under way may take when the server is told to stop."""
+    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    """Framework that runs the model."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or not 0 <= self.port < 65536:
+            raise ValueError(f"replicas={self.replicas} and port={self.port} are out of range")
+
+
+def main(config: Config) -> None:
+    """Load the model once for every replica and serve."""
+    logging.basicConfig(level=logging.INFO, format=serve.LINES)
+    tag = config.model_tag or find_model_tag(config.source)
+    settings = server_settings(config, f"{config.source}-{tag}")
+    engines = []
+    for device in range(config.replicas):
+        model = load_model(
+            config.source,
+            backend=config.backend,
+            model_tag=tag,
+            step=config.step,
+            device=device,
+        )
+        engine = Engine(
+            model.backend, model.tokenizer, slots=config.slots, max_length=config.max_length
+        )
+        engines.append(engine)
+    place = "every address" if _everywhere(config.host) else config.host
+    print(f"{settings.model_name} at http://{config.host}:{config.port}", flush=True)
+    if config.host not in LOOPBACK and not settings.api_keys:
+        print(f"warning: {place} is open to others and no API key is asked for", flush=True)
+    serve.run(
+        create_app(engines, settings), host=config.host, port=config.port, grace_s=config.grace_s
+    )
+
+
+def server_settings(config: Config, model_name: str) -> ServerSettings:
+    """What the server allows. A server that listens everywhere answers to any name, unless told."""
+    hosts = (*LOOPBACK, config.host, *config.allowed_hosts)
+    return ServerSettings(
+        model_name=model_name,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        api_keys=read_keys(config.api_key_file),
+        requests_per_minute=config.requests_per_minute,
+        allowed_hosts=() if _everywhere(config.host) and not config.allowed_hosts else hosts,
+        allowed_origins=config.allowed_origins,
+        max_waiting=config.max_waiting,
+        timeout_s=config.timeout_s,
+    )
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """Keys from the file and from JAXCHAT_API_KEYS; ValueError for a file without any."""
+    keys = [key.strip() for key in os.environ.get("JAXCHAT_API_KEYS", "").split(",")]
+    if path is not None:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        if not any(lines):
+            raise ValueError(f"{path} holds no API key: write one a line")
+        keys += lines
+    return tuple(key for key in keys if key)
+
+
+def _everywhere(host: str) -> bool:
+    return host in ("0.0.0.0", "::")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,306 @@
+"""How fast a model answers: time to first token, time between tokens, tokens per second.
+
+    python -m scripts.infer_bench                                 # the deepest finetuned model
+    python -m scripts.infer_bench --depth 6 --vocab-size 8192     # fresh weights of that shape
+    python -m scripts.infer_bench --depth 6 --backends jax        # one backend alone
+
+Both backends are measured in one run, taking turns, so that what else the machine does falls on
+both. The last line is one JSON document. The roofline is the memory traffic that a step cannot
+avoid (every weight but the embedding tables once, and the cache that the rows hold) over the
+bandwidth that the machine is measured to have.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxchat import cli
+from jaxchat.backend import Backend, backend_class
+from jaxchat.checkpoint import load_model
+from jaxchat.config import GPTConfig, SamplingParams, count_params
+from jaxchat.engine import TOKENS_PER_DISPATCH, Engine
+from jaxchat.request import Request
+from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
+
+PROBE_BYTES = 1 << 28
+"""Memory that the bandwidth is measured on: far beyond any cache."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    source: Literal["base", "mid", "sft", "rl"] = "sft"
+    """Stage of the model, where no depth is given."""
+    model_tag: str | None = None
+    """Model of that stage, such as d12; the deepest when not set."""
+    depth: int | None = None
+    """Fresh weights of the model of this depth, instead of a checkpoint."""
+    vocab_size: int = 32768
+    """Vocabulary of a fresh model."""
+    sequence_len: int = 2048
+    """Context of a fresh model."""
+    aspect_ratio: int = 64
+    """Width per layer of a fresh model."""
+    backends: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
+    """Frameworks to compare; ratios are against the last one."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Requests that are answered at the same time."""
+    prompt_tokens: int = 128
+    """Length of every prompt."""
+    new_tokens: int = 256
+    """Length of every reply."""
+    rounds: int = 3
+    """Measurements of each kind; medians are reported."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    tokens_per_dispatch: int = TOKENS_PER_DISPATCH
+    """Tokens between two looks of the host."""
+    sequential: int = 0
+    """Also answer so many requests one after the other and at the same time, and compare."""
+
+    def __post_init__(self) -> None:
+        numbers = (*self.batch_sizes, self.prompt_tokens, self.new_tokens, self.rounds)
+        if not self.batch_sizes or not self.backends or min(numbers) < 1 or self.sequential < 0:
+            raise ValueError(
+                f"batch_sizes={self.batch_sizes}, backends={self.backends}, prompt_tokens="
+                f"{self.prompt_tokens}, new_tokens={self.new_tokens} and rounds={self.rounds} "
+                "must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One round: what a client that waits for a batch of replies sees."""
+
+    first_token_s: float
+    """From the requests to the first token of the last of them."""
+    inter_token_s: float
+    """Between two tokens of a reply, after the first."""
+    tokens_per_s: float
+    """Of all replies together, after the first tokens."""
+    whole_s: float
+
+
+def main(config: Config) -> None:
+    """Measure, print a table, then one line of JSON."""
+    models = {name: load(config, name) for name in config.backends}
+    bandwidth = memory_bandwidth(models)
+    results: list[dict[str, Any]] = []
+    for batch_size in config.batch_sizes:
+        results += sweep(config, models, batch_size, bandwidth)
+    document = {
+        "config": asdict(config),
+        "model": asdict(next(iter(models.values()))[0].config),
+        "devices": {name: model[0].devices.description for name, model in models.items()},
+        "bandwidth_bytes_per_s": bandwidth,
+        "results": results,
+        "continuous": continuous(config, models) if config.sequential else None,
+        "peak_host_bytes": peak_host_bytes(),
+    }
+    Console(stderr=True).print(on_screen(results))
+    print(json.dumps(document), flush=True)
+
+
+def load(config: Config, name: str) -> tuple[Backend, Tokenizer]:
+    """A checkpoint on one device, or fresh weights."""
+    if config.depth is None:
+        model = load_model(config.source, backend=name, model_tag=config.model_tag, device=0)
+        return model.backend, model.tokenizer
+    shape = GPTConfig.from_depth(
+        config.depth,
+        vocab_size=config.vocab_size,
+        sequence_len=config.sequence_len,
+        aspect_ratio=config.aspect_ratio,
+    )
+    backend = backend_class(name)(shape, device=0)
+    backend.init(0)
+    return backend, bare_tokenizer(config.vocab_size)
+
+
+def bare_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of this size for a model that has none: its tokens mean nothing."""
+    pairs = (bytes([a, b]) for a in range(256) for b in range(256))
+    tokens = [bytes([a]) for a in range(256)]
+    tokens += [pair for _, pair in zip(range(vocab_size - 256 - len(SPECIAL_NAMES)), pairs)]
+    return Tokenizer(tokens)
+
+
+def sweep(
+    config: Config,
+    models: dict[str, tuple[Backend, Tokenizer]],
+    batch_size: int,
+    bandwidth: dict[str, float],
+) -> list[dict[str, Any]]:
+    """One row a backend, measured in turns."""
+    engines = {name: make_engine(config, *models[name], batch_size) for name in models}
+    samples: dict[str, list[Sample]] = {name: [] for name in engines}
+    for round in range(-1, config.rounds):  # round -1 warms up
+        for name, engine in engines.items():
+            sample = measure(config, engine, batch_size, seed=round + 1)
+            if round >= 0:
+                samples[name].append(sample)
+    rows = []
+    for name, own in samples.items():
+        backend = models[name][0]
+        inter_token_s = median(own, "inter_token_s")
+        needed_bytes = step_bytes(config, backend, batch_size)
+        rows.append(
+            {
+                "backend": name,
+                "batch_size": batch_size,
+                "first_token_s": median(own, "first_token_s"),
+                "inter_token_s": inter_token_s,
+                "tokens_per_s": median(own, "tokens_per_s"),
+                "step_bytes": needed_bytes,
+                "roofline_share": needed_bytes / inter_token_s / bandwidth[name],
+            }
+        )
+    for row in rows:
+        row["speed_ratio"] = row["tokens_per_s"] / rows[-1]["tokens_per_s"]
+        row["first_token_ratio"] = row["first_token_s"] / rows[-1]["first_token_s"]
+    return rows
+
+
+def make_engine(config: Config, backend: Backend, tokenizer: Tokenizer, slots: int) -> Engine:
+    most = min(backend.config.sequence_len, config.prompt_tokens + config.new_tokens)
+    return Engine(
+        backend,
+        tokenizer,
+        slots=slots,
+        max_length=most,
+        tokens_per_dispatch=config.tokens_per_dispatch,
+    )
+
+
+def measure(config: Config, engine: Engine, batch_size: int, *, seed: int) -> Sample:
+    """Answer a batch of requests with prompts that no cache has seen."""
+    requests = make_requests(config, engine, batch_size, seed)
+    start = time.perf_counter()
+    for request in requests:
+        engine.submit(request)
+    begun, first_s, tokens = set(), start, 0
+    while engine.busy:
+        events = engine.step()
+        now = time.perf_counter()
+        fresh = {event.request for event in events if event.token is not None} - begun
+        if fresh:
+            begun |= fresh
+            first_s, tokens = now, 0  # what came before the last request's first token is prefill
+        else:
+            tokens += sum(event.token is not None for event in events)
+    end = time.perf_counter()
+    per_s = tokens / (end - first_s)
+    return Sample(first_s - start, batch_size / per_s, per_s, end - start)
+
+
+def make_requests(config: Config, engine: Engine, count: int, seed: int) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    vocab = engine.tokenizer.vocab_size - len(SPECIAL_NAMES)
+    params = SamplingParams(
+        max_tokens=config.new_tokens, temperature=config.temperature, ignore_eos=True
+    )
+    prompts = rng.integers(0, vocab, (count, config.prompt_tokens)).tolist()
+    return [Request(prompt, params, tools=False) for prompt in prompts]
+
+
+def continuous(config: Config, models: dict[str, tuple[Backend, Tokenizer]]) -> dict[str, float]:
+    """How much sooner many requests are answered together than one after the other."""
+    ratios = {}
+    for name, model in models.items():
+        together = make_engine(config, *model, config.sequential)
+        alone = make_engine(config, *model, 1)
+        pairs = []
+        for round in range(-1, config.rounds):
+            requests = make_requests(config, together, config.sequential, round + 1)
+            wall_s = seconds(lambda requests=requests: together.complete(requests))
+            alone_s = seconds(lambda requests=requests: [alone.complete([x]) for x in requests])
+            if round >= 0:
+                pairs.append(alone_s / wall_s)
+        ratios[name] = statistics.median(pairs)
+    return ratios
+
+
+def step_bytes(config: Config, backend: Backend, batch_size: int) -> int:
+    """Bytes that one decoding step reads at least, half-way through the replies."""
+    itemsize = np.dtype(np.float32).itemsize if "float32" in str(_dtype(backend)) else 2
+    counts = count_params(backend.config)
+    weights = counts["matrices"] + counts["lm_head"]
+    c = backend.config
+    positions = config.prompt_tokens + config.new_tokens // 2
+    seen = sum(min(positions, window + 1) for window in c.window_sizes)
+    return itemsize * (weights + 2 * batch_size * seen * c.n_kv_head * c.head_dim)
+
+
+def memory_bandwidth(models: dict[str, tuple[Backend, Tokenizer]]) -> dict[str, float]:
+    """Bytes a second that each backend's device reads when it sums a large array."""
+    return {name: bandwidth_of(name) for name in models}
+
+
+def bandwidth_of(name: str) -> float:
+    """The best of several: other work can only slow it down."""
+    count = PROBE_BYTES // 4
+    if name == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        array = jnp.ones(count, jnp.float32)
+        total = jax.jit(jnp.sum)
+        probe: Callable[[], Any] = lambda: total(array).block_until_ready()  # noqa: E731
+    else:
+        import torch
+
+        from torch_ref.runtime import pick_device
+
+        tensor = torch.ones(count, device=pick_device(0))
+        probe = lambda: tensor.sum().item()  # noqa: E731
+    probe()
+    return PROBE_BYTES / min(seconds(probe) for _ in range(10))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def median(samples: list[Sample], name: str) -> float:
+    return statistics.median(getattr(sample, name) for sample in samples)
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has had resident."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def on_screen(rows: list[dict[str, Any]]) -> Table:
+    shown = Table("backend", "batch", "first token ms", "per token ms", "tokens/s", "roofline", "x")
+    for row in rows:
+        shown.add_row(
+            row["backend"],
+            str(row["batch_size"]),
+            f"{1000 * row['first_token_s']:.1f}",
+            f"{1000 * row['inter_token_s']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['roofline_share']:.0%}",
+            f"{row['speed_ratio']:.2f}",
+        )
+    return shown
+
+
+def _dtype(backend: Backend) -> Any:
+    return getattr(backend, "dtype", "float32")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
