@@ -141,7 +141,7 @@ export function apiMessages(messages, systemPrompt) {
   const sent = [];
   for (const message of messages) {
     const content = contentOf(message);
-    if (content.length === 0) continue;
+    if (typeof content === "string" && content.trim() === "") continue;
     // two of one role in a row happen where an answer stayed empty: the later one counts
     if (sent.at(-1)?.role === message.role) sent.pop();
     sent.push({ role: message.role, content });
@@ -150,8 +150,13 @@ export function apiMessages(messages, systemPrompt) {
   return systemPrompt.trim() ? [{ role: "system", content: systemPrompt }, ...sent] : sent;
 }
 
-/** Text, or where the tool was used the list of parts, as jaxchat/conversation.py has it. */
+/**
+ * Text, or where the tool was used the list of parts, as jaxchat/conversation.py has it. A small
+ * model also writes what is no conversation, such as output without a call: then its text alone.
+ */
 function contentOf(message) {
   const parts = message.parts.filter((part) => part.text !== "" || part.type === "python_output");
-  return parts.every((part) => part.type === "text") ? textOf(message) : parts;
+  const wellFormed = parts.every(({ type }, at) => type !== "python_output" || parts[at - 1]?.type === "python");
+  const hasTool = parts.some(({ type }) => type !== "text");
+  return hasTool && wellFormed ? parts : textOf(message);
 }
