@@ -69,7 +69,7 @@ class ChatWeb:
 
     def running(self) -> float:
         self._get("/metrics")
-        return float(re.search(r"num_requests_running\S* (\S+)", self.body)[1])
+        return float(re.search(r"num_requests_running\{.*\} (\S+)", self.body)[1])
 
     def reset(self) -> None:
         self.wait_until_idle()

@@ -218,10 +218,11 @@ function blocksOf(parts) {
   return blocks;
 }
 
-function drawStats({ stats, model }) {
+function drawStats({ stats, model, group }) {
   const { tokens, totalMs, firstMs } = stats;
   const speed = totalMs ? `${((1000 * tokens) / totalMs).toFixed(1)} tokens/s` : null;
-  const facts = [model, `${tokens} tokens`, speed, `first after ${Math.round(firstMs)} ms`];
+  const count = `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
+  const facts = [group ? null : model, count, speed, `first after ${Math.round(firstMs)} ms`];
   return h("p", { class: "stats", title: "Tokens divided by the time from sending to the last one" },
     facts.filter(Boolean).join(" · "));
 }

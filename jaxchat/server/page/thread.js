@@ -76,7 +76,7 @@ export class Thread {
       this.#views.get(member.id).element.nextElementSibling.focus();
     };
     const button = h("button", { class: "text-button", type: "button", onclick: choose, aria: { pressed: String(active) },
-      disabled: member.status === "streaming" }, active ? "The conversation goes on from here" : "Go on from this one");
+      disabled: member.status === "streaming" }, active ? "Goes on from here" : "Go on from this one");
     return h("div", { class: `column ${active ? "active" : ""}` }, view.element, button);
   }
 
