@@ -11,9 +11,10 @@ from starlette.responses import Response
 
 from jaxchat import __version__
 from jaxchat.engine import Engine
-from jaxchat.server import chat, completions, errors, page, status, tokens
+from jaxchat.server import chat, completions, errors, status, tokens
 from jaxchat.server.gate import Gate
 from jaxchat.server.metrics import Metrics
+from jaxchat.server.page import page_routes
 from jaxchat.server.pool import Pool
 from jaxchat.server.service import ClientLeft, Service
 from jaxchat.server.settings import ServerSettings
@@ -44,8 +45,9 @@ def create_app(engines: Sequence[Engine], settings: ServerSettings) -> FastAPI:
     app.state.service = Service(pool, engines[0].tokenizer, settings, metrics)
     errors.install(app)
     app.add_exception_handler(ClientLeft, _nobody_reads)
-    for module in (chat, completions, tokens, status, page):
+    for module in (chat, completions, tokens, status):
         app.include_router(module.router)
+    app.router.routes.extend(page_routes())
     app.add_middleware(Gate, settings=settings, metrics=metrics)
     if settings.allowed_origins:
         app.add_middleware(

@@ -32,6 +32,9 @@ HEADERS = (
 )
 """Of every answer that does not set its own."""
 
+OPEN_PREFIX = "/page/"
+"""What the page is made of, and its Markdown, which has limits of its own."""
+
 DRAINED_BODIES = 4
 """Of a body that is refused so many times the limit are read, so that the client hears why."""
 
@@ -95,7 +98,7 @@ class Gate:
         length = headers.get(b"content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise self._too_large()
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
             return
         key = self._keys.find(headers.get(b"authorization", ""))
         if key is not None:

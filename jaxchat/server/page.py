@@ -1,18 +1,132 @@
-"""`GET /`: what a browser sees. The API itself is described by `/openapi.json`."""
+"""The chat page's routes: its files, and Markdown turned into safe HTML.
 
-from fastapi import APIRouter, Request
-from starlette.responses import PlainTextResponse, Response
+    app = Starlette(routes=[*api_routes, *page_routes()])
 
-from jaxchat.server.service import service_of
+The one idea: the page is a folder of standard HTML, CSS and ES modules, served as it lies there
+under a policy that lets it run only its own scripts and talk only to its own origin. Conversations
+live in the browser; nothing here remembers anything. Left out: the API that the page talks to.
+"""
 
-router = APIRouter()
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from jaxchat.server.markdown import to_html
+
+PAGE_DIR = Path(__file__).parent / "page"
+
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+"""What the folder may hold; other files in it are not served."""
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        # text becomes markup in one place only, the policy of this name in page/markdown.js
+        "require-trusted-types-for 'script'",
+        "trusted-types jaxchat-markdown",
+    ]
+)
+
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+MAX_MARKDOWN_BYTES = 512 * 1024
+"""Of a request to turn Markdown into HTML; a reply of 4,096 tokens has about 20 kB."""
+
+MAX_MARKDOWN_TEXTS = 64
+"""Messages in one such request."""
+
+RENDER_THREADS = 2
+"""Requests rendered at once: rendering takes time from the thread that drives the engine."""
 
 
-@router.get("/", include_in_schema=False)
-async def page(request: Request) -> Response:
-    """Where to go from here."""
-    name = service_of(request).settings.model_name
-    return PlainTextResponse(
-        f"{name} answers at /v1/chat/completions and /v1/completions, as OpenAI's API does.\n"
-        "/openapi.json describes every path, /metrics and /stats tell how it does.\n"
-    )
+def page_routes() -> list[BaseRoute]:
+    """`/`, `/page/NAME` for every file of the page, and `POST /page/markdown`."""
+    files = {path.name: path for path in PAGE_DIR.iterdir() if path.suffix in MEDIA_TYPES}
+    limiter = anyio.CapacityLimiter(RENDER_THREADS)
+    return [
+        Route("/", _file(files.pop("index.html"))),
+        *(Route(f"/page/{name}", _file(path)) for name, path in sorted(files.items())),
+        Route("/page/markdown", partial(_markdown, limiter), methods=["POST"]),
+    ]
+
+
+def _file(path: Path) -> Any:
+    """An endpoint that answers with a file as it was when the server started."""
+    content = path.read_bytes()
+    etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    # asked for again every time, sent again only when changed: no stale page after an update
+    headers = {**HEADERS, "ETag": etag, "Cache-Control": "no-cache"}
+
+    def endpoint(request: Request) -> Response:
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=MEDIA_TYPES[path.suffix])
+
+    return endpoint
+
+
+async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Response:
+    """`{"texts": [...]}` in, `{"html": [...]}` out, in the same order."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_MARKDOWN_BYTES:
+            return _error(413, f"the body has more than {MAX_MARKDOWN_BYTES} bytes")
+    try:
+        texts = _texts(bytes(body))
+    except ValueError as error:
+        return _error(400, str(error))
+    html = await anyio.to_thread.run_sync(_render_all, texts, limiter=limiter)
+    return JSONResponse({"html": html}, headers=HEADERS)
+
+
+def _texts(body: bytes) -> list[str]:
+    try:
+        document = json.loads(body)
+    except RecursionError:
+        raise ValueError("the body is nested too deep") from None
+    texts = document.get("texts") if isinstance(document, dict) else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('the body must be {"texts": [strings]}')
+    if len(texts) > MAX_MARKDOWN_TEXTS:
+        raise ValueError(f"{len(texts)} texts in one request, at most {MAX_MARKDOWN_TEXTS}")
+    return texts
+
+
+def _render_all(texts: Sequence[str]) -> list[str]:
+    return [to_html(text) for text in texts]
+
+
+def _error(status: int, message: str) -> Response:
+    """An error with OpenAI's body."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status_code=status, headers=HEADERS)

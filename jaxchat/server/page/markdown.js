@@ -1,0 +1,140 @@
+/**
+ * Markdown on the page. The server turns it into sanitised HTML (jaxchat/server/markdown.py); this
+ * is the only module that turns text into markup, through the one Trusted Types policy that the
+ * page's Content-Security-Policy names. Where the server does not answer, text stays plain.
+ */
+
+import { h, icon } from "./dom.js";
+
+const MAX_TEXTS = 32;
+const MAX_CHARS = 200_000;
+const CACHED_TEXTS = 300;
+/** Between two renderings of a growing answer, at least, and this many times as long as one took. */
+const PAUSE_MS = 80;
+const PAUSE_SHARE = 3;
+
+const policy = globalThis.trustedTypes?.createPolicy("jaxchat-markdown", {
+  createHTML: (html) => html,
+}) ?? { createHTML: (html) => html };
+
+const cache = new Map();
+let queue = [];
+
+/** The sanitised HTML of `text`, or null where the server gives none. */
+async function toHtml(text) {
+  if (!text.trim()) return "";
+  if (text.length > MAX_CHARS) return null;
+  if (cache.has(text)) return cache.get(text);
+  const { promise, resolve } = Promise.withResolvers();
+  queue.push({ text, resolve });
+  if (queue.length === 1) queueMicrotask(flush);
+  return promise;
+}
+
+/** Ask for everything that was wanted in this turn of the event loop, a few texts per request. */
+function flush() {
+  const wanted = queue;
+  queue = [];
+  while (wanted.length) {
+    let [count, chars] = [0, 0];
+    while (count < wanted.length && count < MAX_TEXTS && chars < MAX_CHARS) chars += wanted[count++].text.length;
+    fetchHtml(wanted.splice(0, count));
+  }
+}
+
+async function fetchHtml(jobs) {
+  let html = [];
+  try {
+    const response = await fetch("/page/markdown", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ texts: jobs.map((job) => job.text) }),
+    });
+    if (response.ok) ({ html } = await response.json());
+  } catch {
+    // the server is away: plain text
+  }
+  jobs.forEach(({ text, resolve }, index) => {
+    if (html[index] !== undefined) remember(text, html[index]);
+    resolve(html[index] ?? null);
+  });
+}
+
+function remember(text, html) {
+  cache.set(text, html);
+  if (cache.size > CACHED_TEXTS) cache.delete(cache.keys().next().value);
+}
+
+/** An element that shows Markdown and keeps up with a text that grows. */
+export class Prose {
+  #wanted = null;
+  #busy = false;
+
+  constructor() {
+    this.element = h("div", { class: "prose" });
+  }
+
+  /** Show `text`. Resolves when it, or a later text, is shown. */
+  async show(text) {
+    if (text === this.#wanted) return;
+    this.#wanted = text;
+    if (this.#busy) return;
+    this.#busy = true;
+    for (let shown = null; shown !== this.#wanted; ) {
+      shown = this.#wanted;
+      if (shown && !this.element.hasChildNodes()) showPlain(this.element, shown);
+      const start = performance.now();
+      const html = await toHtml(shown);
+      if (html === null) showPlain(this.element, shown);
+      else patch(this.element, html);
+      const took = performance.now() - start;
+      if (shown !== this.#wanted) await sleep(Math.max(PAUSE_MS, PAUSE_SHARE * took));
+    }
+    this.#busy = false;
+  }
+}
+
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+function showPlain(element, text) {
+  element.classList.add("plain");
+  element.textContent = text;
+}
+
+/** Replace only the blocks that changed: what the reader has selected above stays selected. */
+function patch(element, html) {
+  if (element.classList.contains("plain")) element.replaceChildren();
+  element.classList.remove("plain");
+  const template = document.createElement("template");
+  template.innerHTML = policy.createHTML(html);
+  for (const block of template.content.querySelectorAll("pre")) addHead(block);
+  for (const table of template.content.querySelectorAll("table")) makeScrollable(table);
+  const blocks = [...template.content.children];
+  blocks.forEach((block, index) => {
+    const shown = element.children[index];
+    if (!shown) element.append(block);
+    else if (!shown.isEqualNode(block)) shown.replaceWith(block);
+  });
+  while (element.children.length > blocks.length) element.lastElementChild.remove();
+}
+
+/** The line above code: its language and a button to copy it (thread.js hears the click). */
+function addHead(pre) {
+  const language = pre.dataset.language ?? "";
+  const label = language ? `Copy the ${language} code` : "Copy the code";
+  const head = h("div", { class: "code-head" }, h("span", {}, language || "text"),
+    h("button", { class: "icon-button", type: "button", title: label, aria: { label }, dataset: { action: "copy-code" } },
+      icon("copy")));
+  const figure = h("div", { class: "code" }, head);
+  pre.replaceWith(figure);
+  pre.tabIndex = 0; // long lines scroll, and the keyboard must reach what scrolls
+  pre.setAttribute("role", "region");
+  pre.setAttribute("aria-label", language ? `${language} code` : "Code");
+  figure.append(pre);
+}
+
+function makeScrollable(table) {
+  const box = h("div", { class: "table", tabIndex: 0, role: "region", aria: { label: "Table" } });
+  table.replaceWith(box);
+  box.append(table);
+}

@@ -1,0 +1,53 @@
+/** The stage picker: which models answer, one or several side by side. */
+
+import { listModels } from "./api.js";
+import { small } from "./database.js";
+import { byId, h } from "./dom.js";
+
+export class ModelPicker {
+  #models = [];
+
+  constructor(session, settings) {
+    Object.assign(this, { session, settings });
+    this.several = byId("side-by-side");
+    this.several.addEventListener("change", () => {
+      if (!this.several.checked) this.#choose(session.models.slice(0, 1));
+      this.#draw();
+    });
+  }
+
+  /** Ask the server what it has. The choice of last time holds where its models still exist. */
+  async load() {
+    this.#models = await listModels(this.settings.values.apiKey);
+    const ids = this.#models.map(({ id }) => id);
+    const before = (small.get("models") ?? []).filter((id) => ids.includes(id));
+    const preferred = this.#models.findLast(({ stage }) => stage === "sft") ?? this.#models.at(-1);
+    this.#choose(before.length ? before : preferred ? [preferred.id] : []);
+    this.several.checked = this.session.models.length > 1;
+    byId("models").hidden = ids.length === 0;
+    byId("models").classList.toggle("single", ids.length < 2);
+    this.#draw();
+  }
+
+  #choose(ids) {
+    this.session.models = ids;
+    small.set("models", ids);
+    byId("model-name").textContent = ids.join(" + ");
+  }
+
+  #draw() {
+    const type = this.several.checked ? "checkbox" : "radio";
+    const rows = this.#models.map(({ id }) => {
+      const input = h("input", { type, name: "model", value: id, checked: this.session.models.includes(id) });
+      input.addEventListener("change", () => this.#changed(input));
+      return h("label", {}, input, id);
+    });
+    byId("model-choices").replaceChildren(...rows);
+  }
+
+  #changed(input) {
+    const checked = [...byId("model-choices").querySelectorAll("input:checked")].map(({ value }) => value);
+    if (checked.length === 0) input.checked = true; // someone has to answer
+    else this.#choose(checked);
+  }
+}

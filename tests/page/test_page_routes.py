@@ -1,0 +1,113 @@
+"""The page's files and endpoint as any HTTP client sees them."""
+
+import re
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from jaxchat.server.page import (
+    CONTENT_SECURITY_POLICY,
+    MAX_MARKDOWN_BYTES,
+    MAX_MARKDOWN_TEXTS,
+    PAGE_DIR,
+    page_routes,
+)
+from tests.page.client import Client
+
+FILES = sorted(path.name for path in PAGE_DIR.iterdir())
+
+
+@pytest.fixture(scope="module")
+def client():
+    return Client(Starlette(routes=page_routes()))
+
+
+def test_every_file_is_served_with_its_type_and_a_strict_policy(client):
+    types = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg"}
+    for name in FILES:
+        response = client.get("/" if name == "index.html" else f"/page/{name}")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(types[name.rsplit(".", 1)[1]])
+        assert response.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.content == (PAGE_DIR / name).read_bytes()
+
+
+def test_the_policy_allows_nothing_inline_and_no_other_origin():
+    directives = dict(part.split(" ", 1) for part in CONTENT_SECURITY_POLICY.split("; "))
+    assert directives["default-src"] == "'none'"
+    assert directives["script-src"] == directives["style-src"] == "'self'"
+    assert "unsafe" not in CONTENT_SECURITY_POLICY and "http" not in CONTENT_SECURITY_POLICY
+
+
+def test_what_did_not_change_is_not_sent_again(client):
+    first = client.get("/page/main.js")
+    again = client.get("/page/main.js", headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304 and again.content == b""
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/../page.py", "/page/%2e%2e/page.py", "/page/..%2fpage.py", "/page/", "/page/x"]
+)
+def test_nothing_else_is_served(client, path):
+    assert client.get(path).status_code == 404
+
+
+def test_no_file_names_another_origin():
+    for name in FILES:
+        text = (PAGE_DIR / name).read_text()
+        code = re.sub(r"/\*.*?\*/|<!--.*?-->|^\s*//.*$", "", text, flags=re.DOTALL | re.MULTILINE)
+        urls = set(re.findall(r"https?://[^\s\"')]+", code))
+        assert urls <= {"http://www.w3.org/2000/svg"}, f"{name}: {urls}"
+
+
+def test_every_import_and_link_names_a_file_that_is_there():
+    for name in FILES:
+        text = (PAGE_DIR / name).read_text()
+        for target in re.findall(r'(?:from "\./|(?:href|src)="/page/)([^"]+)"', text):
+            assert target in FILES, f"{name} names {target}"
+
+
+def test_only_one_module_makes_markup_of_text():
+    sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|DOMParser|srcdoc"
+    guilty = {name for name in FILES if re.search(sinks, (PAGE_DIR / name).read_text())}
+    assert guilty == {"markdown.js"}
+
+
+def test_markdown_comes_back_in_order(client):
+    response = client.post("/page/markdown", json={"texts": ["*a*", "", "`b`"]})
+    assert response.json() == {"html": ["<p><em>a</em></p>\n", "", "<p><code>b</code></p>\n"]}
+    assert response.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "named"),
+    [
+        (b"", 400, "Expecting value"),
+        (b"[]", 400, "texts"),
+        (b'{"texts": "x"}', 400, "texts"),
+        (b'{"texts": [1]}', 400, "texts"),
+        (b'{"texts": ["\xff"]}', 400, "utf-8"),
+        (b'{"texts": [' + b",".join([b'""'] * (MAX_MARKDOWN_TEXTS + 1)) + b"]}", 400, "65 texts"),
+        (b'"' + b"x" * MAX_MARKDOWN_BYTES + b'"', 413, str(MAX_MARKDOWN_BYTES)),
+        (b"[" * 100_000, 400, "nested"),
+    ],
+    ids=["empty", "list", "no list", "numbers", "bytes", "too many", "too large", "too deep"],
+)
+def test_a_bad_request_is_refused_with_its_reason(client, content, status, named):
+    response = client.post("/page/markdown", content=content)
+    assert response.status_code == status
+    assert named in response.json()["error"]["message"]
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_fail(client):
+    response = client.post("/page/markdown", content=b'{"texts": ["a\\ud800b"]}')
+    assert response.status_code == 200 and response.json()["html"] == ["<p>a\ufffdb</p>\n"]
+
+
+def test_the_routes_fit_into_a_bigger_application():
+    async def other(scope, receive, send): ...
+
+    app = Starlette(routes=[Route("/v1/models", other), *page_routes()])
+    assert Client(app).get("/").status_code == 200

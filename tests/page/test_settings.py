@@ -1,0 +1,166 @@
+"""Settings, slash commands and keys change what is asked of the server, and survive a reload."""
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.page.scripted_server import says
+
+
+def open_settings(chat):
+    chat.button("Settings").click()
+    return chat.page.get_by_role("dialog", name="Settings")
+
+
+def test_every_setting_reaches_the_server_and_outlives_a_reload(chat, server):
+    dialog = open_settings(chat)
+    dialog.get_by_label("System prompt").fill("Be brief.")
+    dialog.get_by_label("Temperature", exact=True).fill("0.25")
+    dialog.get_by_label("Top-k").fill("7")
+    dialog.get_by_label("Top-p", exact=True).fill("0.9")
+    dialog.get_by_label("Longest answer").fill("33")
+    dialog.get_by_label("Seed").fill("123")
+    chat.button("Done").click()
+    for _ in range(2):
+        chat.say("hello")
+        body = server.requests[-1][1]
+        assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+        wanted = {"temperature": 0.25, "top_k": 7, "top_p": 0.9, "max_tokens": 33, "seed": 123}
+        assert {name: body[name] for name in wanted} == wanted
+        assert "logprobs" not in body
+        chat.page.reload()
+        chat.button("New chat").click()
+
+
+def test_reset_brings_the_first_values_back(chat, server):
+    dialog = open_settings(chat)
+    dialog.get_by_label("Temperature", exact=True).fill("0")
+    dialog.get_by_label("Longest answer").fill("5")
+    chat.button("Reset").click()
+    expect(dialog.get_by_label("Temperature", exact=True)).to_have_value("0.8")
+    chat.button("Done").click()
+    chat.say("hello")
+    body = server.requests[-1][1]
+    assert body["temperature"] == 0.8 and "max_tokens" not in body
+
+
+def test_without_a_seed_every_request_has_its_own(chat, server):
+    chat.say("one")
+    chat.say("two")
+    first, second = (body["seed"] for _, body in server.requests)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "reason"),
+    [
+        ("Temperature", "3", "from 0 to 2"),
+        ("Temperature", "", "from 0 to 2"),
+        ("Top-k", "1.5", "whole number"),
+        ("Top-p", "0", "from 0.01 to 1"),
+        ("Longest answer", "0", "from 1"),
+        ("Seed", "-1", "from 0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_and_not_taken(chat, label, value, reason):
+    dialog = open_settings(chat)
+    field = dialog.get_by_label(label, exact=True)
+    before = field.input_value()
+    field.fill(value)
+    expect(dialog.get_by_role("alert").filter(has_text=reason)).to_be_visible()
+    field.blur()
+    expect(field).to_have_value(before)
+    chat.page.keyboard.press("Escape")
+
+
+def test_the_theme_is_chosen_and_there_before_the_first_paint(chat):
+    dialog = open_settings(chat)
+    dialog.get_by_label("Theme").select_option("Dark")
+    chat.page.reload(wait_until="commit")
+    chat.page.wait_for_function("document.body")
+    assert chat.page.evaluate("document.documentElement.dataset.theme") == "dark"
+    background = "getComputedStyle(document.body).backgroundColor"
+    expect(chat.page.locator("h1")).to_be_visible()
+    assert chat.page.evaluate(background) == "rgb(27, 28, 31)"
+
+
+def test_the_theme_follows_the_system_unless_chosen(chat):
+    background = "getComputedStyle(document.body).backgroundColor"
+    chat.page.emulate_media(color_scheme="dark")
+    dark = chat.page.evaluate(background)
+    chat.page.emulate_media(color_scheme="light")
+    assert (dark, chat.page.evaluate(background)) == ("rgb(27, 28, 31)", "rgb(255, 255, 255)")
+
+
+def test_slash_commands_set_show_and_explain(chat, server):
+    notices = chat.page.locator("#notices")
+    for line, answer in [
+        ("/temperature 0.3", "Temperature is now 0.3."),
+        ("/temperature", "Temperature is 0.3."),
+        ("/topk 9", "Top-k is now 9."),
+        ("/topk many", "Top-k is a whole number from 0 to 1000; got many."),
+        ("/temperature 9", "from 0 to 2; got 9."),
+        ("/help", "Shift+Enter"),
+        ("/nonsense", "There is no /nonsense."),
+    ]:
+        chat.box.fill(line)
+        chat.box.press("Enter")
+        expect(notices).to_contain_text(answer)
+    assert server.requests == []
+    chat.say("hello")
+    assert server.requests[-1][1]["temperature"] == 0.3 and server.requests[-1][1]["top_k"] == 9
+    chat.box.fill("/clear")
+    chat.box.press("Enter")
+    expect(chat.messages).to_have_count(0)
+    assert chat.conversation_titles() == ["hello"]
+
+
+def test_a_path_is_a_message_and_no_command(chat, server):
+    chat.say("/usr/bin/env is what?")
+    assert server.requests[-1][1]["messages"][-1]["content"] == "/usr/bin/env is what?"
+
+
+def test_the_keys_of_the_message_box(chat, server):
+    chat.box.fill("one")
+    chat.box.press("Shift+Enter")
+    chat.box.press_sequentially("two")
+    assert server.requests == []
+    chat.box.press("Enter")
+    chat.wait_until_finished()
+    assert server.requests[-1][1]["messages"][-1]["content"] == "one\ntwo"
+    chat.box.press("ArrowUp")
+    editor = chat.page.get_by_role("textbox", name="Edit your message")
+    expect(editor).to_be_focused()
+    expect(editor).to_have_value("one\ntwo")
+    chat.page.keyboard.press("Escape")
+    server.play(says(*["word "] * 500, pause_s=0.02))
+    chat.say("stop me", wait=False)
+    expect(chat.answers.last).to_contain_text("word")
+    chat.page.keyboard.press("Escape")
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("Stopped.")
+    chat.page.keyboard.press("Control+Shift+O")
+    expect(chat.messages).to_have_count(0)
+    expect(chat.box).to_be_focused()
+    chat.page.keyboard.press("Control+k")
+    expect(chat.page.get_by_role("searchbox")).to_be_focused()
+
+
+def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(chat, server):
+    chat.box.fill("にほん")
+    chat.page.evaluate(
+        "prompt => document.getElementById('prompt').dispatchEvent("
+        "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))",
+        None,
+    )
+    chat.page.wait_for_timeout(100)
+    assert server.requests == [] and chat.box.input_value() == "にほん"
+
+
+def test_an_api_key_is_sent_and_forgotten_with_the_tab(chat, context, server):
+    dialog = open_settings(chat)
+    dialog.get_by_label("API key").fill("sk-secret")
+    chat.button("Done").click()
+    with chat.page.expect_request("**/v1/chat/completions") as request:
+        chat.say("hello")
+    assert request.value.headers["authorization"] == "Bearer sk-secret"
+    assert "sk-secret" not in chat.page.evaluate("JSON.stringify(localStorage)")

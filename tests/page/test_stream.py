@@ -1,0 +1,127 @@
+"""A stream of events gives the same text however the network cuts it."""
+
+import base64
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.page.scripted_server import Reply, chat_events, says
+
+TEXT = ["Grüße, ", "世界 ", "👩‍👩‍👧 ", "line one\nline two ", "\u2028 \u0085 end"]
+
+PARSE = """
+async ([encoded, cuts]) => {
+  const { readEvents } = await import("/page/sse.js");
+  const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
+  const results = [];
+  for (const cut of cuts) {
+    const pieces = [bytes.slice(0, cut), bytes.slice(cut)];
+    const stream = new ReadableStream({
+      pull(controller) {
+        if (pieces.length) controller.enqueue(pieces.shift());
+        else controller.close();
+      },
+    });
+    const events = [];
+    for await (const data of readEvents(stream)) events.push(data);
+    results.push(JSON.stringify(events));
+  }
+  return results;
+}
+"""
+
+
+def parse(chat, stream: bytes, cuts) -> list[str]:
+    return chat.page.evaluate(PARSE, [base64.b64encode(stream).decode(), list(cuts)])
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_a_cut_at_every_byte_changes_nothing(chat, line_end):
+    stream = b": a comment\n\n" + b"".join(chat_events(says(*TEXT)))
+    stream = stream.replace(b"\n", line_end.encode())
+    (whole,) = parse(chat, stream, [len(stream)])
+    assert all(text.replace("\n", "\\\\n") in whole for text in TEXT), whole
+    assert whole.endswith('"[DONE]"]')
+    assert set(parse(chat, stream, range(len(stream) + 1))) == {whole}
+
+
+def test_lines_of_one_event_are_joined_and_other_fields_ignored(chat):
+    stream = (
+        b"\xef\xbb\xbfdata: 0\n\nevent: x\ndata: a\nid: 1\ndata:b\nretry: 3\n\ndata\n\ndata: cut"
+    )
+    (events,) = parse(chat, stream, [0])
+    assert events == '["0","a\\nb"]'
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_cut_in_the_answer_of_the_server_changes_nothing(chat, server, share):
+    length = sum(map(len, chat_events(says(*TEXT))))
+    server.play(says(*TEXT, cut_at=int(length * share)))
+    chat.say("hello")
+    assert stored_text(chat) == "".join(TEXT)
+
+
+def test_an_answer_that_comes_byte_by_byte_is_whole(chat, server):
+    server.play(says(*TEXT, one_byte_at_a_time=True))
+    chat.say("hello")
+    assert stored_text(chat) == "".join(TEXT)
+
+
+def test_special_tokens_and_control_characters_are_text(chat, server):
+    text = "<|assistant_end|> \x00\x07\x1b[31m data: [DONE]\n\ndata: x"
+    server.play(says(text))
+    chat.say("hello")
+    assert stored_text(chat) == text
+
+
+def test_an_answer_grows_while_it_comes(chat, server):
+    server.play(says(*["word "] * 60, pause_s=0.05))
+    chat.say("hello", wait=False)
+    answer = chat.answers.last
+    expect(answer).to_contain_text("word")
+    early = len(answer.inner_text())
+    expect(answer).to_have_attribute("aria-busy", "true")
+    expect(answer).to_contain_text("word " * 30)
+    assert early < len("word " * 30)
+    chat.button("Stop").click()
+    chat.wait_until_finished()
+
+
+def test_a_call_of_the_calculator_is_a_card(chat, server):
+    deltas = [
+        ("text", "So "),
+        ("python", "12*"),
+        ("python", "12"),
+        ("python_output", "144"),
+        ("text", " it is."),
+    ]
+    server.play(Reply(deltas))
+    chat.say("what is 12*12?")
+    card = chat.page.get_by_role("figure", name="Calculator")
+    expect(card.locator("code")).to_have_text("12*12")
+    expect(card.locator("output")).to_have_text("144")
+    chat.say("again")
+    sent = server.requests[-1][1]["messages"][1]["content"]
+    assert sent == [
+        {"type": "text", "text": "So "},
+        {"type": "python", "text": "12*12"},
+        {"type": "python_output", "text": "144"},
+        {"type": "text", "text": " it is."},
+    ]
+
+
+def test_speed_and_first_token_stand_below_an_answer(chat, server):
+    server.play(says(*["x"] * 20, pause_s=0.01))
+    chat.say("hello")
+    stats = chat.answers.last.locator(".stats")
+    expect(stats).to_contain_text("20 tokens")
+    speed = float(stats.inner_text().split(" tokens/s")[0].rsplit(" ", 1)[1])
+    assert 1 < speed < 100  # 20 pauses of 10 ms are 0.2 s
+
+
+def stored_text(chat) -> str:
+    """The text of the last answer, as the copy button gives it."""
+    chat.answers.last.hover()
+    chat.answers.last.get_by_role("button", name="Copy", exact=True).click()
+    chat.page.wait_for_selector(".done")
+    return chat.page.evaluate("navigator.clipboard.readText()")

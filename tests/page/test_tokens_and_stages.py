@@ -1,0 +1,147 @@
+"""The token view, and several models that answer one question side by side."""
+
+import math
+
+from playwright.sync_api import expect
+
+from tests.page.scripted_server import Reply, fails, says
+
+TOKENS = [
+    ("Hello", math.log(0.9), [("Hello", math.log(0.9)), ("Hi", math.log(0.05))]),
+    (" odd", math.log(0.02), [(" nice", math.log(0.6)), ("\n", math.log(0.1))]),
+    (" world", math.log(0.5), [(" world", math.log(0.5))]),
+]
+
+
+def record_tokens(chat):
+    chat.button("Settings").click()
+    chat.page.get_by_label("Record token probabilities").check()
+    chat.button("Done").click()
+
+
+def test_hovering_shows_the_alternatives_and_their_probabilities(chat, server):
+    record_tokens(chat)
+    server.play(Reply([("text", text) for text, _, _ in TOKENS], tokens=TOKENS))
+    chat.say("hello")
+    body = server.requests[-1][1]
+    assert body["logprobs"] is True and body["top_logprobs"] == 5
+    chat.button("Token view").click()
+    tokens = chat.page.locator(".tokens .token")
+    expect(tokens).to_have_text(["Hello", " odd", " world"])
+    card = chat.page.get_by_role("tooltip")
+    tokens.nth(0).hover()
+    expect(card.locator("li")).to_have_text(["Hello90.0%", "Hi5.00%"])
+    expect(card.locator(".chosen")).to_have_text("Hello90.0%")
+    tokens.nth(1).hover()  # chosen, though not among the likeliest
+    expect(card.locator("li")).to_have_text(["␣nice60.0%", "⏎10.0%", "␣odd2.00%"])
+    chat.page.mouse.move(5, 5)
+    expect(card).to_be_hidden()
+    chat.button("Token view").click()
+    expect(chat.answers.last.locator(".prose")).to_have_text("Hello odd world")
+
+
+def test_likely_tokens_have_another_colour_than_unlikely_ones(chat, server):
+    record_tokens(chat)
+    server.play(Reply([("text", text) for text, _, _ in TOKENS], tokens=TOKENS))
+    chat.say("hello")
+    chat.button("Token view").click()
+    colours = chat.page.locator(".tokens .token").evaluate_all(
+        "tokens => tokens.map(token => getComputedStyle(token).backgroundColor)"
+    )
+    assert len(set(colours)) == 3
+
+
+def test_the_arrow_keys_go_from_token_to_token(chat, server):
+    record_tokens(chat)
+    server.play(Reply([("text", text) for text, _, _ in TOKENS], tokens=TOKENS))
+    chat.say("hello")
+    chat.button("Token view").click()
+    tokens = chat.page.locator(".tokens .token")
+    tokens.nth(0).focus()
+    chat.page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(chat.page.get_by_role("tooltip")).to_contain_text("␣odd")
+    expect(tokens.nth(1)).to_have_attribute("aria-label", "␣odd, 2.00%")
+
+
+def test_a_single_model_answers_without_a_choice(chat, server):
+    chat.page.locator("#models summary").click()
+    expect(chat.page.get_by_role("radio")).to_have_count(1)
+    expect(chat.page.get_by_role("switch", name="Several")).to_be_hidden()
+
+
+def choose_stages(chat, server, *models: str):
+    server.models = list(models)
+    chat.page.reload()
+    chat.page.locator("#models summary").click()
+
+
+def test_stages_are_listed_in_the_order_of_training(chat, server):
+    choose_stages(chat, server, "rl", "other", "base", "sft", "mid")
+    labels = chat.page.locator("#model-choices label")
+    expect(labels).to_have_text(["base", "mid", "sft", "rl", "other"])
+    expect(chat.page.get_by_role("radio", name="sft")).to_be_checked()
+    chat.page.get_by_role("radio", name="mid").check()
+    chat.page.keyboard.press("Escape")
+    chat.say("hello")
+    assert server.requests[-1][1]["model"] == "mid"
+    chat.page.reload()
+    expect(chat.page.locator("#model-name")).to_have_text("mid")
+
+
+def test_all_stages_answer_one_question_side_by_side(chat, server):
+    choose_stages(chat, server, "base", "mid", "sft", "rl")
+    chat.page.get_by_role("switch", name="Several, side by side").check()
+    for name in ("base", "mid", "sft", "rl"):
+        chat.page.get_by_role("checkbox", name=name, exact=True).check()
+    chat.page.keyboard.press("Escape")
+    chat.say("hello")
+    columns = chat.page.locator(".column")
+    expect(columns).to_have_count(4)
+    expect(columns.locator(".name")).to_have_text(["base", "mid", "sft", "rl"])
+    paths = {body["model"]: path for path, body in server.requests}
+    assert paths.pop("base") == "/v1/completions"
+    assert set(paths.values()) == {"/v1/chat/completions"}
+    base = next(body for path, body in server.requests if path == "/v1/completions")
+    assert base["prompt"] == "hello" and "messages" not in base
+    expect(columns.nth(0)).to_contain_text("… and so on, says base")
+    boxes = [column.bounding_box() for column in columns.all()]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+
+
+def test_the_conversation_goes_on_from_the_chosen_answer(chat, server):
+    choose_stages(chat, server, "mid", "sft")
+    chat.page.get_by_role("switch", name="Several, side by side").check()
+    for name in ("mid", "sft"):
+        chat.page.get_by_role("checkbox", name=name, exact=True).check()
+    chat.page.keyboard.press("Escape")
+    chat.say("hello")
+    chat.button("Go on from this one").click()
+    expect(chat.page.locator(".column.active .name")).to_have_text("sft")
+    chat.page.locator("#models summary").click()
+    chat.page.get_by_role("switch", name="Several, side by side").uncheck()
+    chat.page.keyboard.press("Escape")
+    chat.say("more")
+    assert server.requests[-1][1]["messages"][1]["content"] == "sft heard: hello"
+    chat.page.reload()
+    expect(chat.page.locator(".column.active .name")).to_have_text("sft")
+    expect(chat.messages).to_have_count(5)
+
+
+def test_one_of_several_can_fail_and_be_tried_again(chat, server):
+    choose_stages(chat, server, "mid", "sft")
+    chat.page.get_by_role("switch", name="Several, side by side").check()
+    for name in ("mid", "sft"):
+        chat.page.get_by_role("checkbox", name=name, exact=True).check()
+    chat.page.keyboard.press("Escape")
+    server.play(fails(500, "broken"), says("fine"))
+    chat.say("hello")
+    expect(chat.page.locator(".column")).to_have_count(2)
+    chat.button("Retry").click()
+    chat.wait_until_finished()
+    expect(chat.page.locator(".column")).to_have_count(2)
+    expect(chat.page.locator(".error")).to_have_count(0)
+    chat.answers.first.get_by_role("button", name="Regenerate").click()
+    chat.wait_until_finished()
+    expect(chat.page.locator(".column")).to_have_count(2)
+    expect(chat.answers.first).to_contain_text("2/2")
