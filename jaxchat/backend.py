@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 
 IGNORE = -1
 """Target id of a position that does not count."""
@@ -154,13 +155,15 @@ class Backend(Protocol):
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Any]:
         """One optimizer step on (A, B, T) int32: A micro-batches of B rows.
 
         The loss is the sum over targets of weight x nats, divided by the number of counted targets
         (those from 0 on); `weights` (A, B, T) float32 are ones when not given.
-        Returns scalars (`loss` in nats per counted target, `grad_norm`) that may still be on their
-        way: converting one to float waits for it.
+        A step that is not finite, or above one of the `limits`, changes nothing.
+        Returns scalars (`loss` in nats per counted target, `grad_norm`, `skipped` 0 or 1) that may
+        still be on their way: converting one to float waits for it.
         """
         ...
 

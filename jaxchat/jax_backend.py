@@ -24,6 +24,7 @@ from jaxchat.kv_cache import KVCache
 from jaxchat.loss import token_scores
 from jaxchat.params import Params, bind, split
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 from jaxchat.train_step import StepMetrics, TrainState, TrainStep, make_train_step
 
 
@@ -136,6 +137,7 @@ class JaxBackend:
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Array]:
         assert self._train_step is not None, "call start_training before train_step"
         if inputs.shape[1] % self.mesh.size:
@@ -147,7 +149,8 @@ class JaxBackend:
         batch = jax.device_put((inputs, targets, weights), place)
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
-        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving)
+        bounds = Limits(*map(np.float32, limits))
+        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving, bounds)
         assert isinstance(metrics, StepMetrics)
         return metrics._asdict()
 

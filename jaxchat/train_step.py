@@ -21,6 +21,7 @@ from jaxchat.gpt import GPT
 from jaxchat.loss import cross_entropy
 from jaxchat.params import Params, bind
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 
 
 class TrainState(NamedTuple):
@@ -37,12 +38,15 @@ class StepMetrics(NamedTuple):
     """Mean nats per counted target."""
     grad_norm: Float[Array, ""]
     """Global norm of the mean gradient."""
+    skipped: Float[Array, ""]
+    """1 where the step was not finite or above its limits, and changed nothing."""
 
 
 Batch = tuple[Int[Array, "A B T"], Int[Array, "A B T"], Float[Array, "A B T"] | None]
 """Inputs, targets, and a weight for every target, or None where all count alike."""
 
-TrainStep = Callable[[TrainState, Batch, StepSchedule], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+"""(state, batch, schedule, limits) -> (state, metrics)."""
 
 
 def make_train_step(
@@ -58,15 +62,19 @@ def make_train_step(
     """
 
     def step(
-        state: TrainState, batch: Batch, schedule: StepSchedule
+        state: TrainState, batch: Batch, schedule: StepSchedule, limits: Limits = NO_LIMITS
     ) -> tuple[TrainState, StepMetrics]:
         loss, grads = loss_and_grads(graphdef, state.params, batch, mesh)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, schedule=schedule
         )
-        params = jax.tree.map(jnp.add, state.params, updates)
-        metrics = StepMetrics(loss, optax.tree.norm(grads))
-        return TrainState(params, opt_state), metrics
+        grad_norm = optax.tree.norm(grads)
+        # one finite check: what is below a limit is no NaN, and infinity is no limit for infinity
+        fine = (loss <= limits.loss) & (grad_norm <= limits.grad_norm)
+        fine &= jnp.isfinite(loss + grad_norm)
+        new = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
+        kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+        return kept, StepMetrics(loss, grad_norm, 1 - fine.astype(jnp.float32))
 
     replicated = sharding.place(mesh, sharding.REPLICATED)
     outputs = None if placements is None else (placements, replicated)

@@ -37,6 +37,7 @@ from jaxchat.loss_eval import bits_per_byte
 from jaxchat.report import Report
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
+from jaxchat.spikes import SpikeRule
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, open_tracker, read_metrics
 from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
@@ -106,7 +107,9 @@ class Config:
     save_every: int | None = None
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the newest first."""
+    """Newest checkpoints to keep; the one that validated best is kept besides."""
+    max_skipped: int = SpikeRule.max_skipped
+    """Steps skipped as spikes, of any 128, that end the run."""
 
     corpus: str | None = None
     """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
@@ -132,6 +135,13 @@ def main(config: Config) -> None:
     """Train to the horizon, evaluate, and add a section to the report."""
     if config.resume not in ("auto", "never"):
         raise ValueError(f"--resume {config.resume}: choose auto or never")
+    store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
+    with store.claim():
+        train(config, store)
+
+
+def train(config: Config, store: CheckpointStore) -> None:
+    """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     backend = backend_class(config.backend)(shape_of(config, tokenizer.vocab_size))
@@ -147,7 +157,6 @@ def main(config: Config) -> None:
         "schedule": asdict(schedule),
         "seed": config.seed,
     }
-    store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
     backend.init(config.seed)
     backend.start_training(optimizer, plan)
     restored = store.restore(backend, facts) if config.resume == "auto" else None
@@ -170,9 +179,14 @@ def main(config: Config) -> None:
             meta=facts | {"run": start["run"], "config": asdict(config)},
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
             sample=lambda: show(sample(backend, tokenizer)),
+            best_by="val/bpb",
         )
         result = run_loop(
-            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+            stage,
+            loop,
+            start_step=start["step"],
+            train_seconds=start["train_seconds"],
+            guard_state=start.get("guard"),
         )
     tracker.close()
     if result.interrupted:
@@ -241,6 +255,7 @@ def loop_of(config: Config, backend: Backend, plan: TrainingPlan) -> LoopConfig:
         eval_every=config.eval_every,
         save_every=config.save_every,
         sample_every=config.sample_every,
+        spikes=SpikeRule(max_skipped=config.max_skipped),
     )
 
 

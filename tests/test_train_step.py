@@ -11,6 +11,7 @@ from jaxchat import optim, sharding
 from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
 from jaxchat.params import bind, split
 from jaxchat.schedule import StepSchedule, schedule_at
+from jaxchat.spikes import NO_LIMITS
 from jaxchat.train_step import TrainState, loss_and_grads, make_train_step
 from tests.models import PRESETS, make_perturbed
 
@@ -93,3 +94,37 @@ def test_a_step_compiles_once():
         schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
         state, _ = step(state, (*random_batch((1, 2, 64), seed=i), None), schedule)
     assert step._cache_size() == 1
+
+
+def test_a_step_that_would_hurt_changes_nothing():
+    """Not finite, or above a limit: weights and optimizer state stay bit for bit."""
+    config = replace(PRESETS["modern"], n_layer=1)
+    graphdef, params = split(make_perturbed(config))
+    plan = plan_training(config, OptimizerConfig(), num_iterations=4, total_batch_size=1024)
+    transform = optim.make_optimizer(config, OptimizerConfig(), plan)
+    step = make_train_step(graphdef, transform, mesh_of(1))
+    schedule = StepSchedule(*map(np.float32, schedule_at(0, ScheduleConfig(), plan)))
+    inputs, targets = random_batch((1, 2, 64))
+    ones = np.ones(inputs.shape, np.float32)
+
+    def run(weights, **limits):
+        state = TrainState(params, transform.init(params))
+        before = jax.tree.map(np.array, state)
+        bounds = NO_LIMITS._replace(**limits)
+        bounds = type(bounds)(*map(np.float32, bounds))
+        after, metrics = step(
+            jax.tree.map(jnp.array, before), (inputs, targets, weights), schedule, bounds
+        )
+        same = jax.tree.map(lambda a, b: np.array_equal(a, b), after, before)
+        return all(jax.tree.leaves(same)), float(metrics.skipped), float(metrics.grad_norm)
+
+    unchanged, skipped, norm = run(ones)
+    assert (unchanged, skipped) == (False, 0.0)
+    for weights, limits in (
+        (np.full_like(ones, np.nan), {}),
+        (np.full_like(ones, np.inf), {}),
+        (ones, {"loss": 1.0}),
+        (ones, {"grad_norm": 0.9 * norm}),
+    ):
+        assert run(weights, **limits)[:2] == (True, 1.0), limits
+    assert run(ones, grad_norm=1.1 * norm)[:2] == (False, 0.0)

@@ -18,6 +18,7 @@ from jaxchat.backend import DecodeBatch, DecodeResult, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 from torch_ref import decoding, kv_cache, runtime, weights
 from torch_ref.gpt import GPT
 from torch_ref.kv_cache import KVCache
@@ -136,6 +137,7 @@ class TorchBackend:
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Float[Tensor, ""]]:
         assert self._optimizer is not None, "call start_training before train_step"
         rows, world = inputs.shape[1], self.ranks.world
@@ -155,10 +157,12 @@ class TorchBackend:
             loss_scale=1.0 if self._loss_scale is None else self._loss_scale.value,
         )
         norm = global_norm(grads.values())
-        if self._loss_scale is None or self._loss_scale.accepts(norm):
+        fine = bool(torch.isfinite(loss + norm))
+        fine &= bool((loss <= limits.loss) & (norm <= limits.grad_norm))
+        if (self._loss_scale is None or self._loss_scale.accepts(norm)) and fine:
             self._optimizer.step(grads, schedule)
             self._weights_changed()
-        return {"loss": loss, "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(float(not fine))}
 
     def get_optimizer_state(self) -> dict[str, np.ndarray]:
         assert self._optimizer is not None, "call start_training before get_optimizer_state"
