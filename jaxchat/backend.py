@@ -101,8 +101,14 @@ class Backend(Protocol):
     config: GPTConfig
     devices: DeviceInfo
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
-        """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default."""
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, mesh: str | None = None
+    ) -> None:
+        """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default.
+
+        `mesh`: how devices share the work, as `data=2,fsdp=4`; None leaves it to the backend.
+        ValueError when the devices, or the backend, cannot.
+        """
         ...
 
     # --- weights -------------------------------------------------------------------------------

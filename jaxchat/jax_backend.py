@@ -5,6 +5,7 @@ it computes nothing itself. Left out: schedules, data and checkpoint names, whic
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -33,19 +35,24 @@ class JaxBackend:
 
     name = "jax"
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, mesh: str | None = None
+    ) -> None:
         self.config = config
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
-        self.mesh = sharding.make_mesh()
-        self.devices = devices.describe(self.mesh.size)
-        self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
         self._graphdef, self._shapes = _structure(config, self.dtype)
+        self.mesh = _make_mesh(config, mesh)
+        self.devices = devices.describe(self.mesh.size, sharding.row_shares(self.mesh))
+        self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
+        self._placements = sharding.weights(self.mesh, self._shapes)
         self._params: Params | None = None
         self._opt_state: Any = None
         self._train_step: TrainStep | None = None
-        self._score = jax.jit(_score, static_argnums=0)
-        self._decoder = decoding.Decoder(self._graphdef, config)
+        self._score = jax.jit(
+            partial(_score, self._graphdef, self.mesh), out_shardings=self._replicated
+        )
+        self._decoder = decoding.Decoder(self._graphdef, config, self._replicated)
         self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
 
     # --- weights -------------------------------------------------------------------------------
@@ -62,7 +69,7 @@ class JaxBackend:
             model.init_weights(nnx.Rngs(seed))
             return split(model)[1]
 
-        self._params = jax.jit(draw, out_shardings=self._replicated)()
+        self._params = jax.jit(draw, out_shardings=self._placements)()
 
     def get_params(self) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in self.params.items()}
@@ -70,8 +77,8 @@ class JaxBackend:
     def set_params(self, params: Mapping[str, np.ndarray]) -> None:
         check_params(params, {name: x.shape for name, x in self._shapes.items()})
         self._params = {
-            name: jax.device_put(np.asarray(params[name], np.float32), self._replicated)
-            for name in self._shapes
+            name: jax.device_put(np.asarray(params[name], np.float32), place)
+            for name, place in self._placements.items()
         }
 
     def save(self, directory: Path) -> None:
@@ -85,7 +92,7 @@ class JaxBackend:
     def load(self, directory: Path) -> None:
         directory = directory.absolute()
         like = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated)
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placements[name])
             for name, x in self._shapes.items()
         }
         self._params = self._writers["params"].restore(directory / "params", like)
@@ -119,16 +126,13 @@ class JaxBackend:
             optimizer,
             plan,
             iteration_dtype=devices.iteration_dtype(),
-            stack_multiple=self.mesh.size,
-            constrain=lambda x: jax.lax.with_sharding_constraint(
-                x, sharding.place(self.mesh, sharding.ROWS)
-            ),
+            layout=sharding.MeshLayout(self.mesh),
         )
         abstract = jax.eval_shape(transform.init, self.params)
-        placements = jax.tree.map(lambda x: sharding.leading_axis(self.mesh, x), abstract)
+        placements = sharding.optimizer_state(self.mesh, abstract)
         self._opt_state = jax.jit(transform.init, out_shardings=placements)(self.params)
-        replicated: Any = dict.fromkeys(self.params, self._replicated)
-        whole = TrainState(replicated, placements)
+        weights: Any = self._placements
+        whole = TrainState(weights, placements)
         self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
 
     def train_step(
@@ -140,10 +144,10 @@ class JaxBackend:
         limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Array]:
         assert self._train_step is not None, "call start_training before train_step"
-        if inputs.shape[1] % self.mesh.size:
+        if inputs.shape[1] % self.devices.count:
             raise ValueError(
-                f"micro-batches of {inputs.shape[1]} rows do not divide over {self.mesh.size} "
-                f"devices; use a device_batch_size that is a multiple of {self.mesh.size}"
+                f"micro-batches of {inputs.shape[1]} rows do not divide over {self.devices.count} "
+                f"devices; use a device_batch_size that is a multiple of {self.devices.count}"
             )
         place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
         batch = jax.device_put((inputs, targets, weights), place)
@@ -166,9 +170,9 @@ class JaxBackend:
     # --- evaluation ----------------------------------------------------------------------------
 
     def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
-        place = sharding.leading_axis(self.mesh, inputs)
+        place = sharding.rows(self.mesh, inputs)
         placed = (jax.device_put(inputs, place), jax.device_put(targets, place))
-        nll, greedy = self._score(self._graphdef, self.params, *placed)
+        nll, greedy = self._score(self.params, *placed)
         return Scores(np.asarray(nll), np.asarray(greedy))
 
     # --- generation ----------------------------------------------------------------------------
@@ -195,8 +199,24 @@ def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mappi
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
 
 
-def _score(graphdef: nnx.GraphDef, params: Params, inputs: Array, targets: Array) -> tuple:
-    model = bind(graphdef, params)
+def _make_mesh(config: GPTConfig, mesh: str | None) -> Mesh:
+    """The mesh asked for: `auto` and None put every device on the data axis."""
+    if mesh in (None, "auto"):
+        return sharding.make_mesh()
+    sizes = sharding.parse_mesh(mesh, len(jax.devices()))
+    tensor = sizes[sharding.TENSOR]
+    if config.n_head % tensor or config.n_kv_head % tensor:
+        raise ValueError(
+            f"--mesh {mesh}: tensor={tensor} does not divide {config.n_head} heads and "
+            f"{config.n_kv_head} key/value heads"
+        )
+    return sharding.make_mesh(sizes=sizes)
+
+
+def _score(
+    graphdef: nnx.GraphDef, mesh: Mesh, params: Params, inputs: Array, targets: Array
+) -> tuple:
+    model = bind(graphdef, sharding.gathered(mesh, params))
     assert isinstance(model, GPT)
     hidden, _ = model.hidden(inputs)
     return token_scores(

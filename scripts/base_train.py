@@ -121,6 +121,8 @@ class Config:
     """Seed of the weights and of the data order."""
     backend: str = DEFAULT_BACKEND
     """jax or torch."""
+    mesh: str = "auto"
+    """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
     run: str | None = None
     """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
     tensorboard: bool = False
@@ -144,7 +146,8 @@ def train(config: Config, store: CheckpointStore) -> None:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    backend = backend_class(config.backend)(shape_of(config, tokenizer.vocab_size))
+    shape = shape_of(config, tokenizer.vocab_size)
+    backend = backend_class(config.backend)(shape, mesh=config.mesh)
     corpus = open_corpus(config.corpus or default_corpus())
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)

@@ -1,5 +1,6 @@
 """The whole step: against JAX's plain gradient, over micro-batches, and over devices."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -55,15 +56,19 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(preset, weighted):
         np.testing.assert_allclose(grads[name], expected[name], atol=relative * scale, err_msg=name)
 
 
-def losses_on(devices, micro_batches, steps=6):
+def losses_on(mesh, micro_batches=1, steps=6):
     config = replace(PRESETS["modern"], n_layer=2)
     graphdef, params = split(make_perturbed(config))
     optimizer = OptimizerConfig()
-    plan = plan_training(config, optimizer, num_iterations=steps, total_batch_size=16 * 64)
-    mesh = mesh_of(devices)
-    transform = optim.make_optimizer(config, optimizer, plan, stack_multiple=devices)
-    step = make_train_step(graphdef, transform, mesh)
+    plan = plan_training(config, optimizer, num_iterations=20, total_batch_size=16 * 64)
+    layout = sharding.MeshLayout(mesh)
+    transform = optim.make_optimizer(config, optimizer, plan, layout=layout)
     state = TrainState(params, transform.init(params))
+    placements = TrainState(
+        sharding.weights(mesh, params), sharding.optimizer_state(mesh, state.opt_state)
+    )
+    state = jax.device_put(jax.tree.map(jnp.copy, state), placements)
+    step = make_train_step(graphdef, transform, mesh, placements)
     losses = []
     for i in range(steps):
         inputs, targets = random_batch((1, 16, 64), seed=i % 2)
@@ -75,11 +80,24 @@ def losses_on(devices, micro_batches, steps=6):
     return losses
 
 
-def test_eight_devices_train_as_one():
-    alone = losses_on(1, 1)
-    np.testing.assert_allclose(losses_on(8, 1), alone, rtol=1e-5)
-    np.testing.assert_allclose(losses_on(4, 2), alone, rtol=1e-5)
-    assert alone[4] < alone[0]  # it does learn the batch that it saw before
+@pytest.fixture(scope="module")
+def alone():
+    return losses_on(mesh_of(1), steps=20)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2)])
+def test_every_mesh_trains_as_one_device(alone, sizes):
+    mesh = sharding.make_mesh(
+        jax.devices()[: math.prod(sizes)], dict(zip(sharding.AXES, sizes, strict=True))
+    )
+    np.testing.assert_allclose(losses_on(mesh, steps=20), alone, atol=1e-5, rtol=1e-5)
+    assert alone[18] < alone[0]  # it does learn the batch that it saw before
+
+
+def test_micro_batches_on_a_mesh_train_as_one_batch(alone):
+    np.testing.assert_allclose(losses_on(mesh_of(4), 2), alone[:6], rtol=1e-5)
+    mesh = sharding.make_mesh(jax.devices()[:4], {"fsdp": 4})
+    np.testing.assert_allclose(losses_on(mesh, 2), alone[:6], rtol=1e-5)
 
 
 def test_a_step_compiles_once():

@@ -43,7 +43,11 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, config: GPTConfig, *, dtype: str | None = None) -> None:
+    def __init__(
+        self, config: GPTConfig, *, dtype: str | None = None, mesh: str | None = None
+    ) -> None:
+        if mesh not in (None, "auto"):
+            raise ValueError(f"--mesh {mesh}: torch divides rows alone; use --backend jax")
         self.config = config
         self.device = runtime.pick_device()
         self.dtype = runtime.compute_dtype(self.device, dtype)
