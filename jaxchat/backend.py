@@ -44,6 +44,10 @@ class DeviceInfo(NamedTuple):
     """For people: `8 x NVIDIA H100 80GB HBM3`."""
     peak_flops: float | None
     """Peak FLOP/s of all devices in the compute dtype; None where nobody states one."""
+    processes: int = 1
+    """Processes of the run that read rows of their own; `train_step` takes a process's share."""
+    process: int = 0
+    """This one among them."""
 
 
 class Scores(NamedTuple):
@@ -153,6 +157,17 @@ class Backend(Protocol):
 
     def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
         """Make a fresh optimizer state for the present weights."""
+        ...
+
+    def agree(self, asked: bool) -> bool:
+        """Whether any process asks: the same answer on all of them, perhaps one call late.
+
+        Call it equally often on all.
+        """
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every process that reads rows of its own. A collective."""
         ...
 
     def train_step(

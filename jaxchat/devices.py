@@ -38,6 +38,8 @@ def describe(count: int, row_shares: int | None = None) -> DeviceInfo:
         count=row_shares or count,
         description=f"{count} x {name}",
         peak_flops=None if peak is None else peak * count,
+        processes=jax.process_count(),
+        process=jax.process_index(),
     )
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxchat import decoding, devices, kv_cache, optim, optimizer_state, sharding
+from jaxchat import decoding, devices, distributed, kv_cache, optim, optimizer_state, sharding
 from jaxchat.backend import DecodeBatch, DecodeResult, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
@@ -39,11 +39,13 @@ class JaxBackend:
         self, config: GPTConfig, *, dtype: str | None = None, mesh: str | None = None
     ) -> None:
         self.config = config
+        distributed.join()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
         self._graphdef, self._shapes = _structure(config, self.dtype)
         self.mesh = _make_mesh(config, mesh)
         self.devices = devices.describe(self.mesh.size, sharding.row_shares(self.mesh))
+        self._vote = distributed.Vote(self.mesh)
         self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
         self._placements = sharding.weights(self.mesh, self._shapes)
         self._params: Params | None = None
@@ -72,12 +74,15 @@ class JaxBackend:
         self._params = jax.jit(draw, out_shardings=self._placements)()
 
     def get_params(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in self.params.items()}
+        whole = jax.jit(
+            lambda x: x, out_shardings=self._replicated
+        )  # one at a time: they are large
+        return {name: np.asarray(whole(value)) for name, value in self.params.items()}
 
     def set_params(self, params: Mapping[str, np.ndarray]) -> None:
         check_params(params, {name: x.shape for name, x in self._shapes.items()})
         self._params = {
-            name: jax.device_put(np.asarray(params[name], np.float32), place)
+            name: distributed.put(np.asarray(params[name], np.float32), place)
             for name, place in self._placements.items()
         }
 
@@ -135,6 +140,12 @@ class JaxBackend:
         whole = TrainState(weights, placements)
         self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
 
+    def agree(self, asked: bool) -> bool:
+        return self._vote(asked)
+
+    def gather(self, value: Any) -> list[Any]:
+        return distributed.gather(value)
+
     def train_step(
         self,
         inputs: np.ndarray,
@@ -144,13 +155,14 @@ class JaxBackend:
         limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Array]:
         assert self._train_step is not None, "call start_training before train_step"
-        if inputs.shape[1] % self.devices.count:
+        shares = self.devices.count // self.devices.processes
+        if inputs.shape[1] % shares:
             raise ValueError(
-                f"micro-batches of {inputs.shape[1]} rows do not divide over {self.devices.count} "
-                f"devices; use a device_batch_size that is a multiple of {self.devices.count}"
+                f"micro-batches of {inputs.shape[1]} rows do not divide over {shares} "
+                f"devices; use a device_batch_size that is a multiple of {shares}"
             )
         place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
-        batch = jax.device_put((inputs, targets, weights), place)
+        batch = jax.tree.map(lambda x: distributed.put_rows(x, place), (inputs, targets, weights))
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
         bounds = Limits(*map(np.float32, limits))
@@ -171,16 +183,16 @@ class JaxBackend:
 
     def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
         place = sharding.rows(self.mesh, inputs)
-        placed = (jax.device_put(inputs, place), jax.device_put(targets, place))
+        placed = (distributed.put(inputs, place), distributed.put(targets, place))
         nll, greedy = self._score(self.params, *placed)
         return Scores(np.asarray(nll), np.asarray(greedy))
 
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        cache = kv_cache.make_cache(self.config, rows, max_length, self.dtype)
         # where the weights are: steps return it there, and a second placement is a second compile
-        return jax.device_put(cache, self._replicated)
+        make = partial(kv_cache.make_cache, self.config, rows, max_length, self.dtype)
+        return jax.jit(make, out_shardings=self._replicated)()
 
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int
@@ -210,7 +222,9 @@ def _make_mesh(config: GPTConfig, mesh: str | None) -> Mesh:
             f"--mesh {mesh}: tensor={tensor} does not divide {config.n_head} heads and "
             f"{config.n_kv_head} key/value heads"
         )
-    return sharding.make_mesh(sizes=sizes)
+    made = sharding.make_mesh(sizes=sizes)
+    distributed.check_rows_are_local(made)
+    return made
 
 
 def _score(

@@ -5,6 +5,7 @@ is written before anything else happens at its step, so neither an evaluation no
 a run. Metrics are read one step late: the device never waits for the host to look at a loss.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,9 @@ SKIPPED = "skipped"
 
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
+
+EXIT_LOST = 75
+"""Exit status after losing another process (EX_TEMPFAIL): try again."""
 
 
 class Loader(Protocol):
@@ -94,6 +98,8 @@ class Stage:
     """Validation figures of the present weights, e.g. `{"val/bpb": ...}`."""
     sample: Callable[[], str] | None = None
     """A few continuations by the present weights."""
+    agree: Callable[[bool], bool] = bool
+    """`Backend.agree`, where processes may be asked to stop at different times."""
     best_by: str | None = None
     """The validation figure whose lowest value's checkpoint is kept."""
 
@@ -109,7 +115,29 @@ def run_loop(
     """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop.
 
     `guard_state` is the checkpoint's `guard`. ValueError when too many steps had to be skipped.
+    A run that loses one of its processes exits with `EXIT_LOST`.
     """
+    try:
+        return _run(stage, config, start_step, train_seconds, guard_state)
+    except RuntimeError as error:
+        if stage.backend.devices.processes == 1:
+            raise
+        last = str(error).strip().splitlines()[-1:]
+        print(
+            f"a process of this run is gone ({''.join(last)}); stopping. Run the same command "
+            "again to continue from the last checkpoint",
+            flush=True,
+        )
+        os._exit(EXIT_LOST)  # an orderly exit would wait for the lost one
+
+
+def _run(
+    stage: Stage,
+    config: LoopConfig,
+    start_step: int,
+    train_seconds: float,
+    guard_state: Mapping[str, Any] | None,
+) -> LoopResult:
     step, clock = start_step, _Clock(train_seconds)
     reader = _MetricsReader(stage, config, clock, SpikeGuard(config.spikes, guard_state))
     with (
@@ -118,12 +146,14 @@ def run_loop(
     ):
         while True:
             last = step == config.num_iterations
-            stopping = bool(asked_to_stop)
+            stopping = stage.agree(bool(asked_to_stop))
             if step > start_step and (stopping or _due(step, config.save_every, last)):
                 reader.flush(progress)
                 _save(stage, step, clock.seconds, reader.guard)
             if stopping and not last:
-                progress.say(f"stopped by {asked_to_stop[0]}; step {step} is saved")
+                progress.say(
+                    f"stopped by {(asked_to_stop or ['another process'])[0]}; step {step} is saved"
+                )
                 stage.store.finish()
                 return LoopResult(step, clock.seconds, interrupted=True)
             if _due(step, config.eval_every, last) or step == 0:
@@ -219,7 +249,7 @@ class _MetricsReader:
         metrics = stage.backend.train_step(inputs, targets, schedule, weights, limits)
         facts = {
             "train/lr_multiplier": schedule.lr_multiplier,
-            "train/batch_tokens": float(inputs.size),
+            "train/batch_tokens": float(inputs.size * stage.backend.devices.processes),
             "train/epoch": float(stage.loader.epoch),
             **batch.figures,
         }

@@ -172,7 +172,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         config=asdict(config),
         resume_step=start["step"],
     )
-    with train_loader(config, corpus, tokenizer, plan, start["loader"]) as loader:
+    with train_loader(config, corpus, tokenizer, plan, backend, start["loader"]) as loader:
         stage = Stage(
             backend=backend,
             loader=loader,
@@ -182,6 +182,7 @@ def train(config: Config, store: CheckpointStore) -> None:
             meta=facts | {"run": start["run"], "config": asdict(config)},
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
             sample=lambda: show(sample(backend, tokenizer)),
+            agree=backend.agree,
             best_by="val/bpb",
         )
         result = run_loop(
@@ -286,6 +287,7 @@ def train_loader(
     corpus: Corpus,
     tokenizer: Tokenizer,
     plan: TrainingPlan,
+    backend: Backend,
     state: Mapping[str, Any] | None,
 ) -> PackedLoader:
     return PackedLoader(
@@ -295,7 +297,10 @@ def train_loader(
         rows_per_batch=plan.total_batch_size // config.sequence_len,
         sequence_len=config.sequence_len,
         seed=config.seed,
+        process_index=backend.devices.process,
+        process_count=backend.devices.processes,
         state=state,
+        gather=backend.gather,
     )
 
 

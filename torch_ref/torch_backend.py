@@ -8,6 +8,7 @@ works on its own rows. Left out: schedules, data and checkpoint names, which bel
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,6 +135,14 @@ class TorchBackend:
         )
         if self._loss_scale is not None:
             self._loss_scale = LossScale()
+
+    def agree(self, asked: bool) -> bool:
+        votes = torch.tensor(float(asked), device=self.device)
+        self.ranks.sum_in_place(votes)
+        return bool(votes > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]  # every process is given the whole batch
 
     def train_step(
         self,
