@@ -8,9 +8,11 @@ renamed when size and hash are right. Left out: what to download (`scripts.data_
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import random
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +60,42 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON can hold them: None for NaN and infinity."""
+    return {name: float(x) if math.isfinite(x) else None for name, x in values.items()}
+
+
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Own a directory against every other process until the block, or this process, ends.
+
+    OSError when another process owns it, or when it cannot be written to. The system frees a
+    killed owner's claim, so none is ever stale.
+    """
+    path = directory / ".claim"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {directory}: {error.strerror}; set JAXCHAT_BASE_DIR to a folder that "
+            "you may write to"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OSError(
+                f"{directory} is in use by {file.read() or 'another process'}: wait for it, stop "
+                "it, or name this run with --model-tag"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 
 IGNORE = -1
 """Target id of a position that does not count."""
@@ -43,6 +44,10 @@ class DeviceInfo(NamedTuple):
     """For people: `8 x NVIDIA H100 80GB HBM3`."""
     peak_flops: float | None
     """Peak FLOP/s of all devices in the compute dtype; None where nobody states one."""
+    processes: int = 1
+    """Processes of the run that read rows of their own; `train_step` takes a process's share."""
+    process: int = 0
+    """This one among them."""
 
 
 class Scores(NamedTuple):
@@ -121,12 +126,20 @@ class Backend(Protocol):
     devices: DeviceInfo
 
     def __init__(
-        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+        self,
+        config: GPTConfig,
+        *,
+        dtype: str | None = None,
+        device: int | None = None,
+        mesh: str | None = None,
     ) -> None:
         """`dtype`: compute dtype by name; None takes `JAXCHAT_DTYPE` or the device's default.
 
         `device`: the number of the one local device to use (a replica of a server); None uses
         every device of the process. ValueError where there is no such device.
+
+        `mesh`: how devices share the work, as `data=2,fsdp=4`; None leaves it to the backend.
+        ValueError when the devices, or the backend, cannot.
         """
         ...
 
@@ -174,19 +187,32 @@ class Backend(Protocol):
         """Make a fresh optimizer state for the present weights."""
         ...
 
+    def agree(self, asked: bool) -> bool:
+        """Whether any process asks: the same answer on all of them, perhaps one call late.
+
+        Call it equally often on all.
+        """
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every process that reads rows of its own. A collective."""
+        ...
+
     def train_step(
         self,
         inputs: np.ndarray,
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Any]:
         """One optimizer step on (A, B, T) int32: A micro-batches of B rows.
 
         The loss is the sum over targets of weight x nats, divided by the number of counted targets
         (those from 0 on); `weights` (A, B, T) float32 are ones when not given.
-        Returns scalars (`loss` in nats per counted target, `grad_norm`) that may still be on their
-        way: converting one to float waits for it.
+        A step that is not finite, or above one of the `limits`, changes nothing.
+        Returns scalars (`loss` in nats per counted target, `grad_norm`, `skipped` 0 or 1) that may
+        still be on their way: converting one to float waits for it.
         """
         ...
 

@@ -13,12 +13,13 @@ import shutil
 import threading
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxchat import runtime
-from jaxchat.artifacts import base_dir
+from jaxchat.artifacts import atomic_write, base_dir, claim
 from jaxchat.backend import Backend, backend_class
 from jaxchat.config import GPTConfig
 from jaxchat.tokenizer import Tokenizer
@@ -35,6 +36,9 @@ STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "r
 """What trains them."""
 
 META = "meta.json"
+
+BEST = "best.json"
+"""Which checkpoint has validated best."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def stage_directory(source: str, model_tag: str) -> Path:
 
 
 class CheckpointStore:
-    """The checkpoints of one run; keeps the newest `keep` of them."""
+    """The checkpoints of one run; keeps the newest `keep` of them, and the best by validation."""
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
@@ -144,6 +148,38 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise error
 
+    def note_validation(self, step: int, figure: float) -> None:
+        """Keep the checkpoint of `step` when its figure is the lowest so far.
+
+        A step without a checkpoint, or one whose better has been deleted, does not count.
+        """
+        self.finish()
+        if not runtime.is_first_process() or step not in self.steps():
+            return
+        best = self._read_best()
+        if best is None or best["step"] >= step or figure < best["figure"]:
+            with atomic_write(self.directory / BEST) as file:
+                json.dump({"step": step, "figure": figure}, file)
+
+    def best(self) -> int | None:
+        """The step of the checkpoint that validated best, where that is known."""
+        best = self._read_best()
+        return None if best is None else best["step"]
+
+    def _read_best(self) -> dict[str, Any] | None:
+        try:
+            best = json.loads((self.directory / BEST).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return best if best["step"] in self.steps() else None
+
+    def claim(self) -> AbstractContextManager[None]:
+        """Own the run's folder while the block lasts; OSError when another process does.
+
+        Of several processes the first one does it for all.
+        """
+        return claim(self.directory) if runtime.is_first_process() else nullcontext()
+
     def _publish(self, backend: Backend, staging: Path, target: Path) -> None:
         try:
             backend.wait()
@@ -153,7 +189,8 @@ class CheckpointStore:
                 shutil.rmtree(target)
             staging.rename(target)
             for step in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(step))
+                if step != self.best():
+                    shutil.rmtree(self.path(step))
         except BaseException as error:  # handed to the caller by finish()
             _remove(staging)
             self._error = error

@@ -11,7 +11,7 @@ in its buffer, which are read again on resume. Left out: supervision masks (conv
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -78,11 +78,13 @@ class PackedLoader(Prefetcher[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         state: Mapping[str, Any] | None = None,
+        gather: Callable[[Any], Sequence[Any]] = lambda own: [own],
     ) -> None:
         """`rows_per_batch` counts the rows of all processes; each hands out its share of them.
 
         `state` continues where another loader's `state()` was taken. ValueError when it belongs to
-        other data, or when sizes do not divide.
+        other data, or when sizes do not divide. `gather` brings the JSON values of all processes to
+        each, for `state()`.
         """
         if process_count > 1 and (NUM_STREAMS % process_count or rows_per_batch % NUM_STREAMS):
             raise ValueError(
@@ -104,6 +106,7 @@ class PackedLoader(Prefetcher[Batch]):
         reader = _Reader(corpus, split, tokenizer)
         saved = {} if state is None else state["streams"]
         self._streams = {s: _Stream(reader, s, seed, saved.get(str(s))) for s in owned}
+        self._gather = gather
         self._rows_per_batch, self._length = rows_per_batch, sequence_len
         self._rows = 0 if state is None else state["rows"]
         self._start()
@@ -111,17 +114,20 @@ class PackedLoader(Prefetcher[Batch]):
     @property
     def epoch(self) -> int:
         """Passes over the split begun, counted from 0, by the stream that is least far."""
-        return min(stream["epoch"] for stream in self.state()["streams"].values())
+        return min(stream["epoch"] for stream in self._own_state()["streams"].values())
 
     @property
     def cropped_share(self) -> float:
         """Share of the tokens read so far that was cut off to fill rows."""
-        streams = self.state()["streams"].values()
+        streams = self._own_state()["streams"].values()
         cut, kept = (sum(s[name] for s in streams) for name in ("cropped", "kept"))
         return cut / max(1, cut + kept)
 
     def state(self) -> dict[str, Any]:
-        """Where the batches handed out so far end: small, and ready for JSON."""
+        """Where the batches handed out so far end, on all processes: small, ready for JSON."""
+        return merge_states(self._gather(self._own_state()))
+
+    def _own_state(self) -> dict[str, Any]:
         rows, streams = self._snapshot
         return {
             "identity": self._identity,

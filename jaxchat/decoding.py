@@ -37,11 +37,17 @@ MIN_BUCKET = 256
 class Decoder:
     """The compiled functions of one model, and its weights in the compute dtype."""
 
-    def __init__(self, graphdef: nnx.GraphDef, config: GPTConfig) -> None:
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        config: GPTConfig,
+        placement: jax.sharding.Sharding | None = None,
+    ) -> None:
+        """`placement` is where the weights are decoded with; None leaves them where they are."""
         self.config = config
         self._source: Params | None = None
         self._weights: Params = {}
-        self._cast = jax.jit(partial(_cast, graphdef))
+        self._cast = jax.jit(partial(_cast, graphdef), out_shardings=placement)
         self._read = jax.jit(partial(_read, graphdef), static_argnums=4)
         self._write = jax.jit(_write, static_argnums=3, donate_argnums=0)
         self._decode = jax.jit(partial(_decode, graphdef), static_argnums=3, donate_argnums=1)

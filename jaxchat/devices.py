@@ -39,17 +39,19 @@ def pick(number: int | None) -> list[jax.Device]:
     return [local[number]]
 
 
-def describe(count: int) -> DeviceInfo:
-    """What `count` devices of this machine are."""
+def describe(count: int, row_shares: int | None = None) -> DeviceInfo:
+    """What `count` devices are, of which `row_shares` (all, when None) have rows of their own."""
     kind = jax.devices()[0].device_kind
     on_cpu = f"CPU device ({runtime.cpu_model()}, {os.cpu_count()} cores)"
     name = on_cpu if _is_cpu() else kind
     peak = runtime.peak_flops(kind)
     return DeviceInfo(
         platform=jax.default_backend(),
-        count=count,
+        count=row_shares or count,
         description=f"{count} x {name}",
         peak_flops=None if peak is None else peak * count,
+        processes=jax.process_count(),
+        process=jax.process_index(),
     )
 
 

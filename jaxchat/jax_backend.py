@@ -5,6 +5,7 @@ it computes nothing itself. Left out: schedules, data and checkpoint names, whic
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxchat import decoding, devices, kv_cache, optim, optimizer_state, sharding
+from jaxchat import decoding, devices, distributed, kv_cache, optim, optimizer_state, sharding
 from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
@@ -26,6 +28,7 @@ from jaxchat.loss import token_scores
 from jaxchat.params import Params, bind, split
 from jaxchat.prompt_scores import PromptScorer
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 from jaxchat.train_step import StepMetrics, TrainState, TrainStep, make_train_step
 
 
@@ -35,21 +38,33 @@ class JaxBackend:
     name = "jax"
 
     def __init__(
-        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+        self,
+        config: GPTConfig,
+        *,
+        dtype: str | None = None,
+        device: int | None = None,
+        mesh: str | None = None,
     ) -> None:
         self.config = config
+        distributed.join()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
-        self.mesh = sharding.make_mesh(devices.pick(device))
-        self.devices = devices.describe(self.mesh.size)
-        self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
         self._graphdef, self._shapes = _structure(config, self.dtype)
+        self.mesh = _make_mesh(config, mesh, device)
+        self.devices = devices.describe(self.mesh.size, sharding.row_shares(self.mesh))
+        self._vote = distributed.Vote(self.mesh)
+        self._replicated = sharding.place(self.mesh, sharding.REPLICATED)
+        self._placements = sharding.weights(self.mesh, self._shapes)
         self._params: Params | None = None
         self._opt_state: Any = None
         self._train_step: TrainStep | None = None
-        self._score = jax.jit(_score, static_argnums=0)
-        self._logits = jax.jit(_logits, static_argnums=0)
-        self._decoder = decoding.Decoder(self._graphdef, config)
+        self._score = jax.jit(
+            partial(_score, self._graphdef, self.mesh), out_shardings=self._replicated
+        )
+        self._logits = jax.jit(
+            partial(_logits, self._graphdef, self.mesh), out_shardings=self._replicated
+        )
+        self._decoder = decoding.Decoder(self._graphdef, config, self._replicated)
         self._prompt_scorer = PromptScorer(self._graphdef, config)
         self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
 
@@ -67,16 +82,19 @@ class JaxBackend:
             model.init_weights(nnx.Rngs(seed))
             return split(model)[1]
 
-        self._params = jax.jit(draw, out_shardings=self._replicated)()
+        self._params = jax.jit(draw, out_shardings=self._placements)()
 
     def get_params(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in self.params.items()}
+        whole = jax.jit(
+            lambda x: x, out_shardings=self._replicated
+        )  # one at a time: they are large
+        return {name: np.asarray(whole(value)) for name, value in self.params.items()}
 
     def set_params(self, params: Mapping[str, np.ndarray]) -> None:
         check_params(params, {name: x.shape for name, x in self._shapes.items()})
         self._params = {
-            name: jax.device_put(np.asarray(params[name], np.float32), self._replicated)
-            for name in self._shapes
+            name: distributed.put(np.asarray(params[name], np.float32), place)
+            for name, place in self._placements.items()
         }
 
     def save(self, directory: Path) -> None:
@@ -90,7 +108,7 @@ class JaxBackend:
     def load(self, directory: Path) -> None:
         directory = directory.absolute()
         like = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated)
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._placements[name])
             for name, x in self._shapes.items()
         }
         self._params = self._writers["params"].restore(directory / "params", like)
@@ -124,17 +142,20 @@ class JaxBackend:
             optimizer,
             plan,
             iteration_dtype=devices.iteration_dtype(),
-            stack_multiple=self.mesh.size,
-            constrain=lambda x: jax.lax.with_sharding_constraint(
-                x, sharding.place(self.mesh, sharding.ROWS)
-            ),
+            layout=sharding.MeshLayout(self.mesh),
         )
         abstract = jax.eval_shape(transform.init, self.params)
-        placements = jax.tree.map(lambda x: sharding.leading_axis(self.mesh, x), abstract)
+        placements = sharding.optimizer_state(self.mesh, abstract)
         self._opt_state = jax.jit(transform.init, out_shardings=placements)(self.params)
-        replicated: Any = dict.fromkeys(self.params, self._replicated)
-        whole = TrainState(replicated, placements)
+        weights: Any = self._placements
+        whole = TrainState(weights, placements)
         self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
+
+    def agree(self, asked: bool) -> bool:
+        return self._vote(asked)
+
+    def gather(self, value: Any) -> list[Any]:
+        return distributed.gather(value)
 
     def train_step(
         self,
@@ -142,18 +163,21 @@ class JaxBackend:
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Array]:
         assert self._train_step is not None, "call start_training before train_step"
-        if inputs.shape[1] % self.mesh.size:
+        shares = self.devices.count // self.devices.processes
+        if inputs.shape[1] % shares:
             raise ValueError(
-                f"micro-batches of {inputs.shape[1]} rows do not divide over {self.mesh.size} "
-                f"devices; use a device_batch_size that is a multiple of {self.mesh.size}"
+                f"micro-batches of {inputs.shape[1]} rows do not divide over {shares} "
+                f"devices; use a device_batch_size that is a multiple of {shares}"
             )
         place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
-        batch = jax.device_put((inputs, targets, weights), place)
+        batch = jax.tree.map(lambda x: distributed.put_rows(x, place), (inputs, targets, weights))
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
-        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving)
+        bounds = Limits(*map(np.float32, limits))
+        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving, bounds)
         assert isinstance(metrics, StepMetrics)
         return metrics._asdict()
 
@@ -169,22 +193,22 @@ class JaxBackend:
     # --- evaluation ----------------------------------------------------------------------------
 
     def score(self, inputs: np.ndarray, targets: np.ndarray) -> Scores:
-        place = sharding.leading_axis(self.mesh, inputs)
-        placed = (jax.device_put(inputs, place), jax.device_put(targets, place))
-        nll, greedy = self._score(self._graphdef, self.params, *placed)
+        place = sharding.rows(self.mesh, inputs)
+        placed = (distributed.put(inputs, place), distributed.put(targets, place))
+        nll, greedy = self._score(self.params, *placed)
         return Scores(np.asarray(nll), np.asarray(greedy))
 
     def logits(self, inputs: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        place = sharding.leading_axis(self.mesh, inputs)
-        placed = (jax.device_put(inputs, place), jax.device_put(positions, place))
-        return np.asarray(self._logits(self._graphdef, self.params, *placed))
+        place = sharding.rows(self.mesh, inputs)
+        placed = (distributed.put(inputs, place), distributed.put(positions, place))
+        return np.asarray(self._logits(self.params, *placed))
 
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        cache = kv_cache.make_cache(self.config, rows, max_length, self.dtype)
         # where the weights are: steps return it there, and a second placement is a second compile
-        return jax.device_put(cache, self._replicated)
+        make = partial(kv_cache.make_cache, self.config, rows, max_length, self.dtype)
+        return jax.jit(make, out_shardings=self._replicated)()
 
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int
@@ -210,8 +234,26 @@ def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mappi
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
 
 
-def _score(graphdef: nnx.GraphDef, params: Params, inputs: Array, targets: Array) -> tuple:
-    model = bind(graphdef, params)
+def _make_mesh(config: GPTConfig, mesh: str | None, device: int | None) -> Mesh:
+    """The mesh asked for: `auto` and None put every device on the data axis."""
+    if device is not None or mesh is None or mesh == "auto":
+        return sharding.make_mesh(devices.pick(device))
+    sizes = sharding.parse_mesh(mesh, len(jax.devices()))
+    tensor = sizes[sharding.TENSOR]
+    if config.n_head % tensor or config.n_kv_head % tensor:
+        raise ValueError(
+            f"--mesh {mesh}: tensor={tensor} does not divide {config.n_head} heads and "
+            f"{config.n_kv_head} key/value heads"
+        )
+    made = sharding.make_mesh(sizes=sizes)
+    distributed.check_rows_are_local(made)
+    return made
+
+
+def _score(
+    graphdef: nnx.GraphDef, mesh: Mesh, params: Params, inputs: Array, targets: Array
+) -> tuple:
+    model = bind(graphdef, sharding.gathered(mesh, params))
     assert isinstance(model, GPT)
     hidden, _ = model.hidden(inputs)
     return token_scores(
@@ -223,8 +265,10 @@ def _score(graphdef: nnx.GraphDef, params: Params, inputs: Array, targets: Array
     )
 
 
-def _logits(graphdef: nnx.GraphDef, params: Params, inputs: Array, positions: Array) -> Array:
-    model = bind(graphdef, params)
+def _logits(
+    graphdef: nnx.GraphDef, mesh: Mesh, params: Params, inputs: Array, positions: Array
+) -> Array:
+    model = bind(graphdef, sharding.gathered(mesh, params))
     assert isinstance(model, GPT)
     hidden, _ = model.hidden(inputs)
     return model.logits(jnp.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0])

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.schedule import StepSchedule
+from jaxchat.sharding import Layout
 
 Stack = Float[Array, "N out in"]
 Weights = Mapping[str, Any]
@@ -31,6 +32,8 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """Five steps towards the polar factor (arXiv 2505.16932, safety 2e-2, cushion 2)."""
+
+ONE_DEVICE = Layout()
 
 TINY = 1e-10
 """Floor under every norm that is divided by."""
@@ -60,13 +63,11 @@ def make_optimizer(
     plan: TrainingPlan,
     *,
     iteration_dtype: DTypeLike = jnp.float32,
-    stack_multiple: int = 1,
-    constrain: Callable[[Array], Array] = lambda x: x,
+    layout: Layout = ONE_DEVICE,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole optimizer over a flat dict of weights; `update` takes `schedule=StepSchedule`.
 
-    Muon's stacks are padded to a multiple of `stack_multiple` (the device count) and passed
-    through `constrain`, which pins their placement.
+    `layout` says where the arrays of the state lie, and brings gradients there.
     """
     width_scale = (config.n_embd / WIDTH_REFERENCE) ** -0.5
     transforms: dict[Hashable, optax.GradientTransformation] = {
@@ -75,6 +76,7 @@ def make_optimizer(
             lr_scale=(width_scale if group.width_scaled else 1.0)
             * (plan.lr_scale if group.batch_scaled else 1.0),
             eps=optimizer.eps,
+            layout=layout,
         )
         for label, group in optimizer.adam_groups.items()
     }
@@ -82,8 +84,7 @@ def make_optimizer(
         lr=optimizer.matrix_lr * plan.lr_scale,
         beta2=optimizer.matrix_beta2,
         iteration_dtype=iteration_dtype,
-        stack_multiple=stack_multiple,
-        constrain=constrain,
+        layout=layout,
     )
     return optax.partition(transforms, lambda params: {name: param_label(name) for name in params})
 
@@ -97,7 +98,7 @@ class AdamState(NamedTuple):
 
 
 def adamw(
-    group: AdamGroup, *, lr_scale: float, eps: float
+    group: AdamGroup, *, lr_scale: float, eps: float, layout: Layout = ONE_DEVICE
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101): decay by lr x weight decay, then the bias-corrected step."""
 
@@ -108,6 +109,7 @@ def adamw(
     def update_fn(
         grads: Weights, state: AdamState, params: Weights, *, schedule: StepSchedule
     ) -> tuple[Weights, AdamState]:
+        grads = _named(layout.share, grads)
         count = state.count + 1
         t = count.astype(jnp.float32)
         mu = jax.tree.map(lambda m, g: m + (1 - group.beta1) * (g - m), state.mu, grads)
@@ -120,7 +122,9 @@ def adamw(
             denominator = jnp.sqrt(v) / root_correction + eps
             return -(lr * group.weight_decay) * p - step_size * m / denominator
 
-        return jax.tree.map(step, params, mu, nu), AdamState(mu, nu, count)
+        shares = _named(layout.share, params)
+        updates = _named(layout.share, jax.tree.map(step, shares, mu, nu))
+        return updates, AdamState(mu, nu, count)
 
     # optax types an update as taking any keyword; ours takes one by name
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore[bad-argument-type]
@@ -139,8 +143,7 @@ def muon(
     lr: float,
     beta2: float,
     iteration_dtype: DTypeLike = jnp.float32,
-    stack_multiple: int = 1,
-    constrain: Callable[[Array], Array] = lambda x: x,
+    layout: Layout = ONE_DEVICE,
 ) -> optax.GradientTransformationExtraArgs:
     """Orthogonalised momentum (Muon) with row equilibration, NorMuon and cautious decay.
 
@@ -148,28 +151,32 @@ def muon(
     """
 
     def init_fn(params: Weights) -> MuonState:
-        stacks = _stack_by_shape(params, stack_multiple)
+        stacks = _stack_by_shape(params, layout.multiple)
         return MuonState(
-            momentum={key: constrain(jnp.zeros_like(x)) for key, x in stacks.items()},
-            second_moment={
-                key: constrain(jnp.zeros_like(_mean_square(x))) for key, x in stacks.items()
-            },
+            momentum={key: jnp.zeros_like(x) for key, x in stacks.items()},
+            second_moment={key: jnp.zeros_like(_mean_square(x)) for key, x in stacks.items()},
         )
 
     def update_fn(
         grads: Weights, state: MuonState, params: Weights, *, schedule: StepSchedule
     ) -> tuple[Weights, MuonState]:
-        steps, momentum, second = {}, {}, {}
-        weights = _stack_by_shape(params, stack_multiple)
-        for key, stack in _stack_by_shape(grads, stack_multiple).items():
-            momentum[key], u = nesterov(state.momentum[key], constrain(stack), schedule.momentum)
+        directions, momentum, second = {}, {}, {}
+        names = _names_by_shape(grads)
+        for key, stack in _stack_by_shape(grads, layout.multiple).items():
+            mine = layout.divide(names[key], stack)
+            momentum[key], u = nesterov(state.momentum[key], mine, schedule.momentum)
             u = orthogonalize(equilibrate_rows(u), iteration_dtype)
             second[key], u = normalize_variance(state.second_moment[key], u, beta2)
-            p = constrain(weights[key])
+            directions[key] = layout.restore(names[key], u)
+
+        # decay is elementwise, so weights need not travel to their stack
+        def step(u: Array, p: Array) -> Array:
             decay = jnp.where(u * p >= 0, schedule.weight_decay * p, 0.0)
-            shape_factor = math.sqrt(max(1.0, p.shape[1] / p.shape[2]))
-            steps[key] = -(lr * shape_factor * schedule.lr_multiplier) * (u + decay)
-        return _unstack(steps, grads), MuonState(momentum, second)
+            shape_factor = math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
+            return -(lr * shape_factor * schedule.lr_multiplier) * (u + decay)
+
+        updates = jax.tree.map(step, _unstack(directions, grads), params)
+        return updates, MuonState(momentum, second)
 
     # optax types an update as taking any keyword; ours takes one by name
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyrefly: ignore[bad-argument-type]
@@ -188,6 +195,7 @@ def equilibrate_rows(x: Stack) -> Stack:
     return x * (mean_norm / jnp.maximum(row_norms, TINY))
 
 
+@jax.named_scope("orthogonalize")
 def orthogonalize(x: Stack, iteration_dtype: DTypeLike = jnp.float32) -> Stack:
     """Nearly the polar factor, rescaled to its Frobenius norm (arXiv 2505.16932, 2602.21545)."""
     tall = x.shape[-2] > x.shape[-1]
@@ -225,6 +233,14 @@ def _names_by_shape(params: Weights) -> dict[str, list[str]]:
             continue
         groups.setdefault("x".join(map(str, params[name].shape)), []).append(name)
     return groups
+
+
+def _named(function: Callable[[str, Array], Array], arrays: Weights) -> dict[str, Any]:
+    """Apply a function of name and array; entries of other groups stay."""
+    return {
+        name: x if isinstance(x, optax.MaskedNode) else function(name, x)
+        for name, x in arrays.items()
+    }
 
 
 def _natural(name: str) -> tuple[int | str, ...]:

@@ -6,6 +6,8 @@ What only a framework can tell is in devices.py and in torch_ref/runtime.py.
 import os
 import platform
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -56,9 +58,76 @@ def cpu_model() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+class Launch(NamedTuple):
+    """One process of several, as its launcher describes it."""
+
+    by: str
+    """The launcher."""
+    index: int
+    count: int | None
+    """None where only the framework can tell."""
+    coordinator: str | None
+    """host:port of the first process; None where only the framework can tell."""
+    devices: list[int] | None = None
+    """This process's share of its host's devices; None is all."""
+
+
+COORDINATOR_PORT = 7733
+"""Where the first process listens unless the environment says otherwise."""
+
+
+def launch(env: Mapping[str, str] = os.environ) -> Launch | None:
+    """Who started this process together with others; None when it is alone.
+
+    In this order: JAXCHAT_COORDINATOR (host:port) with JAXCHAT_PROCESS_COUNT and
+    JAXCHAT_PROCESS_INDEX, or with the JOB_COMPLETION_INDEX that Kubernetes gives; SkyPilot; Slurm
+    (srun); Open MPI; Cloud TPU. ValueError when the first is incomplete.
+    """
+    if address := env.get("JAXCHAT_COORDINATOR"):
+        index = env.get("JAXCHAT_PROCESS_INDEX") or env.get("JOB_COMPLETION_INDEX")
+        count = env.get("JAXCHAT_PROCESS_COUNT")
+        if not index or not count:
+            raise ValueError(
+                f"JAXCHAT_COORDINATOR={address} wants JAXCHAT_PROCESS_COUNT and "
+                "JAXCHAT_PROCESS_INDEX (or Kubernetes' JOB_COMPLETION_INDEX) beside it"
+            )
+        if ":" not in address:
+            address = f"{address}:{COORDINATOR_PORT}"
+        return Launch("JAXCHAT_COORDINATOR", int(index), int(count), address)
+    if int(env.get("SKYPILOT_NUM_NODES", "1")) > 1:
+        first = env["SKYPILOT_NODE_IPS"].split()[0]
+        count, index = int(env["SKYPILOT_NUM_NODES"]), int(env["SKYPILOT_NODE_RANK"])
+        return Launch("SkyPilot", index, count, f"{first}:{COORDINATOR_PORT}")
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in env:
+        # the job's number, so that two jobs on one node do not meet
+        port = COORDINATOR_PORT + int(env["SLURM_JOB_ID"]) % 4096
+        address = f"{_first_host(env['SLURM_STEP_NODELIST'])}:{port}"
+        shared = not env.get("SLURM_STEP_TASKS_PER_NODE", "1").startswith("1(") and int(
+            env["SLURM_NTASKS"]
+        ) > int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        mine = [int(env["SLURM_LOCALID"])] if shared else None
+        return Launch("Slurm", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), address, mine)
+    if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return Launch("Open MPI", int(env["OMPI_COMM_WORLD_RANK"]), None, None)
+    if "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        return Launch("Cloud TPU", int(env["TPU_WORKER_ID"]), None, None)
+    return None
+
+
+def _first_host(nodes: str) -> str:
+    """node07 of `node[07-09,12],other`."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    assert match, f"no host in the node list {nodes!r}"
+    return match[1] + (match[2] or "")
+
+
 def process_index() -> int:
-    """This process among those of the run, from the launcher's environment (0 when alone)."""
-    return int(os.environ.get("JAXCHAT_PROCESS_INDEX", os.environ.get("RANK", "0")))
+    """This process among those of the run, from the launcher's environment (0 when alone).
+
+    torchrun says it in RANK.
+    """
+    started = launch()
+    return int(os.environ.get("RANK", "0")) if started is None else started.index
 
 
 def is_first_process() -> bool:

@@ -6,13 +6,14 @@ guests: one that fails is dropped with a warning and never stops a training run.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from jaxchat import runtime
-from jaxchat.artifacts import atomic_write
+from jaxchat.artifacts import atomic_write, json_numbers
 
 METRICS = "metrics.jsonl"
 """The record of a run, in the folder of its checkpoints."""
@@ -39,12 +40,13 @@ class Tracker:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if _precedes(row, resume_step)]
         with atomic_write(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.writelines(_line(int(row.pop("step")), row) for row in kept)
         self._file = open(path, "a", buffering=1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars of optimizer step `step` (steps done so far)."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        # JSON has no NaN: null stands for what is not finite, and `read_metrics` turns it back
+        self._file.write(_line(step, scalars))
         self._tell("log", step, scalars)
 
     def close(self) -> None:
@@ -72,10 +74,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        rows.append({name: math.nan if x is None else x for name, x in row.items()})
     return rows
+
+
+def _line(step: int, scalars: Mapping[str, float]) -> str:
+    return json.dumps({"step": step, **json_numbers(scalars)}) + "\n"
 
 
 def open_tracker(

@@ -5,28 +5,38 @@ is written before anything else happens at its step, so neither an evaluation no
 a run. Metrics are read one step late: the device never waits for the host to look at a loss.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxchat import runtime
+from jaxchat.artifacts import json_numbers
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.dataloader import Batch
 from jaxchat.progress import TrainingProgress, format_duration
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import Diverged, SpikeGuard, SpikeRule, keep_evidence
 from jaxchat.tracker import Tracker
 
 SHOWN_FIGURES = ("train/reward",)
 """Figures of a loader that the progress line shows; the metrics file has all of them."""
 
+SKIPPED = "skipped"
+"""Folder of the batches that were skipped, beside the checkpoints."""
+
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
+
+EXIT_LOST = 75
+"""Exit status after losing another process (EX_TEMPFAIL): try again."""
 
 
 class Loader(Protocol):
@@ -56,6 +66,8 @@ class LoopConfig:
     """Steps between checkpoints."""
     sample_every: int | None = None
     """Steps between samples."""
+    spikes: SpikeRule = field(default_factory=SpikeRule)
+    """Which steps are skipped, and how many at most."""
 
 
 @dataclass(frozen=True)
@@ -86,31 +98,69 @@ class Stage:
     """Validation figures of the present weights, e.g. `{"val/bpb": ...}`."""
     sample: Callable[[], str] | None = None
     """A few continuations by the present weights."""
+    agree: Callable[[bool], bool] = bool
+    """`Backend.agree`, where processes may be asked to stop at different times."""
+    best_by: str | None = None
+    """The validation figure whose lowest value's checkpoint is kept."""
 
 
 def run_loop(
-    stage: Stage, config: LoopConfig, *, start_step: int = 0, train_seconds: float = 0.0
+    stage: Stage,
+    config: LoopConfig,
+    *,
+    start_step: int = 0,
+    train_seconds: float = 0.0,
+    guard_state: Mapping[str, Any] | None = None,
 ) -> LoopResult:
-    """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop."""
+    """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop.
+
+    `guard_state` is the checkpoint's `guard`. ValueError when too many steps had to be skipped.
+    A run that loses one of its processes exits with `EXIT_LOST`.
+    """
+    try:
+        return _run(stage, config, start_step, train_seconds, guard_state)
+    except RuntimeError as error:
+        if stage.backend.devices.processes == 1:
+            raise
+        last = str(error).strip().splitlines()[-1:]
+        print(
+            f"a process of this run is gone ({''.join(last)}); stopping. Run the same command "
+            "again to continue from the last checkpoint",
+            flush=True,
+        )
+        os._exit(EXIT_LOST)  # an orderly exit would wait for the lost one
+
+
+def _run(
+    stage: Stage,
+    config: LoopConfig,
+    start_step: int,
+    train_seconds: float,
+    guard_state: Mapping[str, Any] | None,
+) -> LoopResult:
     step, clock = start_step, _Clock(train_seconds)
-    reader = _MetricsReader(stage, config, clock)
+    reader = _MetricsReader(stage, config, clock, SpikeGuard(config.spikes, guard_state))
     with (
         _signals() as asked_to_stop,
         TrainingProgress(config.num_iterations, start_step) as progress,
     ):
         while True:
             last = step == config.num_iterations
-            stopping = bool(asked_to_stop)
+            stopping = stage.agree(bool(asked_to_stop))
             if step > start_step and (stopping or _due(step, config.save_every, last)):
                 reader.flush(progress)
-                _save(stage, step, clock.seconds)
+                _save(stage, step, clock.seconds, reader.guard)
             if stopping and not last:
-                progress.say(f"stopped by {asked_to_stop[0]}; step {step} is saved")
+                progress.say(
+                    f"stopped by {(asked_to_stop or ['another process'])[0]}; step {step} is saved"
+                )
                 stage.store.finish()
                 return LoopResult(step, clock.seconds, interrupted=True)
             if _due(step, config.eval_every, last) or step == 0:
                 reader.flush(progress)
                 reader.validation = _evaluate(stage, step, progress)
+                if stage.best_by is not None:
+                    stage.store.note_validation(step, reader.validation[stage.best_by])
             if stage.sample is not None and step and _due(step, config.sample_every, last):
                 reader.flush(progress)
                 progress.say(stage.sample())
@@ -125,8 +175,12 @@ def _due(step: int, every: int | None, last: bool) -> bool:
     return last or (every is not None and step > 0 and step % every == 0)
 
 
-def _save(stage: Stage, step: int, train_seconds: float) -> None:
-    own = {"loader": stage.loader.state(), "train_seconds": train_seconds}
+def _save(stage: Stage, step: int, train_seconds: float, guard: SpikeGuard) -> None:
+    own = {
+        "loader": stage.loader.state(),
+        "train_seconds": train_seconds,
+        "guard": guard.state(),
+    }
     stage.store.save(step, stage.backend, {**stage.meta, **own})
 
 
@@ -162,12 +216,22 @@ class _Clock:
         self._last = None
 
 
+class _Pending(NamedTuple):
+    """A step that has been dispatched and not yet read."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    facts: dict[str, float]
+    batch: Batch
+    schedule: StepSchedule
+
+
 class _MetricsReader:
     """Runs steps and logs each one after the next has been dispatched."""
 
-    def __init__(self, stage: Stage, config: LoopConfig, clock: _Clock) -> None:
-        self._stage, self._config, self._clock = stage, config, clock
-        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+    def __init__(self, stage: Stage, config: LoopConfig, clock: _Clock, guard: SpikeGuard) -> None:
+        self._stage, self._config, self._clock, self.guard = stage, config, clock, guard
+        self._pending: _Pending | None = None
         self._smooth_loss, self._bias = 0.0, 1.0
         self.validation: Mapping[str, float] = {}
         """The latest validation figures, for the progress line."""
@@ -181,15 +245,16 @@ class _MetricsReader:
         schedule = stage.schedule(step)
         inputs, targets = batch.inputs.reshape(cut), batch.targets.reshape(cut)
         weights = None if batch.weights is None else batch.weights.reshape(cut)
-        metrics = stage.backend.train_step(inputs, targets, schedule, weights)
+        limits = self.guard.limits(step)
+        metrics = stage.backend.train_step(inputs, targets, schedule, weights, limits)
         facts = {
             "train/lr_multiplier": schedule.lr_multiplier,
-            "train/batch_tokens": float(inputs.size),
+            "train/batch_tokens": float(inputs.size * stage.backend.devices.processes),
             "train/epoch": float(stage.loader.epoch),
             **batch.figures,
         }
         self._log_pending(progress)
-        self._pending = (step + 1, metrics, facts)
+        self._pending = _Pending(step, metrics, facts, batch, schedule)
 
     def flush(self, progress: TrainingProgress) -> None:
         """Log the newest step and stop the clock."""
@@ -199,24 +264,68 @@ class _MetricsReader:
     def _log_pending(self, progress: TrainingProgress) -> None:
         if self._pending is None:
             return
-        step, metrics, facts = self._pending
-        self._pending = None
-        scalars = {f"train/{name}": float(np.asarray(value)) for name, value in metrics.items()}
+        pending, self._pending = self._pending, None
+        step, facts = pending.step + 1, pending.facts
+        values = {name: float(np.asarray(value)) for name, value in pending.metrics.items()}
+        skipped = bool(values.pop("skipped"))
+        scalars = {f"train/{name}": value for name, value in values.items()}
         speed = facts["train/batch_tokens"] / self._clock.lap()
         scalars |= facts | {"train/tokens_per_second": speed}
+        if skipped:
+            scalars["train/skipped"] = 1.0
         peak = self._stage.backend.devices.peak_flops
         if peak is not None:
             scalars["train/mfu"] = speed * self._config.flops_per_token / peak
         self._stage.tracker.log(step, scalars)
+        if skipped:
+            self._keep_evidence(pending, values, progress)
+        self._note(pending.step, values, skipped)
         shown = {name: facts[name] for name in facts if name in SHOWN_FIGURES}
         progress.update(step, self._figures(scalars, shown))
 
+    def _keep_evidence(
+        self, pending: "_Pending", values: Mapping[str, float], progress: TrainingProgress
+    ) -> None:
+        limits = self.guard.limits(pending.step)
+        record = {
+            "step": pending.step + 1,
+            **json_numbers(values),
+            "limits": json_numbers(limits._asdict()),
+            "schedule": pending.schedule._asdict(),
+            "figures": pending.facts,
+            "guard": self.guard.state(),
+        }
+        batch = {name: getattr(pending.batch, name) for name in ("inputs", "targets", "weights")}
+        path = keep_evidence(
+            self._stage.store.directory / SKIPPED,
+            pending.step + 1,
+            batch,
+            record,
+            process=runtime.process_index(),
+        )
+        progress.say(
+            f"step {pending.step + 1} skipped: loss {values['loss']:.4g} (limit "
+            f"{limits.loss:.4g}), gradient norm {values['grad_norm']:.4g} (limit "
+            f"{limits.grad_norm:.4g}); its batch is in {path}"
+        )
+
+    def _note(self, step: int, values: Mapping[str, float], skipped: bool) -> None:
+        try:
+            self.guard.note(step, values["loss"], values["grad_norm"], skipped=skipped)
+        except Diverged as error:
+            raise Diverged(
+                f"step {step + 1}: {error}. Their batches are in "
+                f"{self._stage.store.directory / SKIPPED}; look at the data, or start over with "
+                "lower learning rates or a longer warm-up. The last checkpoint is untouched"
+            ) from None
+
     def _figures(self, scalars: Mapping[str, float], extra: Mapping[str, float]) -> dict[str, str]:
         """What the progress line shows; the loss is a debiased moving average."""
-        self._smooth_loss = 0.9 * self._smooth_loss + 0.1 * scalars["train/loss"]
-        self._bias *= 0.9
+        if "train/skipped" not in scalars:
+            self._smooth_loss = 0.9 * self._smooth_loss + 0.1 * scalars["train/loss"]
+            self._bias *= 0.9
         figures = {
-            "loss": f"{self._smooth_loss / (1 - self._bias):.4f}",
+            "loss": f"{self._smooth_loss / max(1 - self._bias, 0.1):.4f}",
             "lr x": f"{scalars['train/lr_multiplier']:.2f}",
             "tok/s": f"{scalars['train/tokens_per_second']:,.0f}",
             "epoch": f"{scalars['train/epoch']:.0f}",

@@ -6,14 +6,16 @@ target of the whole batch, so micro-batches of unequal counts weigh what they sh
 it into a policy gradient: an advantage per token, and the same mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxchat import sharding
@@ -21,6 +23,10 @@ from jaxchat.gpt import GPT
 from jaxchat.loss import cross_entropy
 from jaxchat.params import Params, bind
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
+
+GATHERED = "gathered"
+"""The name of whole weights, for what is kept until the backward pass."""
 
 
 class TrainState(NamedTuple):
@@ -37,12 +43,15 @@ class StepMetrics(NamedTuple):
     """Mean nats per counted target."""
     grad_norm: Float[Array, ""]
     """Global norm of the mean gradient."""
+    skipped: Float[Array, ""]
+    """1 where the step was not finite or above its limits, and changed nothing."""
 
 
 Batch = tuple[Int[Array, "A B T"], Int[Array, "A B T"], Float[Array, "A B T"] | None]
 """Inputs, targets, and a weight for every target, or None where all count alike."""
 
-TrainStep = Callable[[TrainState, Batch, StepSchedule], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+"""(state, batch, schedule, limits) -> (state, metrics)."""
 
 
 def make_train_step(
@@ -58,15 +67,19 @@ def make_train_step(
     """
 
     def step(
-        state: TrainState, batch: Batch, schedule: StepSchedule
+        state: TrainState, batch: Batch, schedule: StepSchedule, limits: Limits = NO_LIMITS
     ) -> tuple[TrainState, StepMetrics]:
         loss, grads = loss_and_grads(graphdef, state.params, batch, mesh)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, schedule=schedule
         )
-        params = jax.tree.map(jnp.add, state.params, updates)
-        metrics = StepMetrics(loss, optax.tree.norm(grads))
-        return TrainState(params, opt_state), metrics
+        grad_norm = optax.tree.norm(grads)
+        # one finite check: what is below a limit is no NaN, and infinity is no limit for infinity
+        fine = (loss <= limits.loss) & (grad_norm <= limits.grad_norm)
+        fine &= jnp.isfinite(loss + grad_norm)
+        new = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
+        kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+        return kept, StepMetrics(loss, grad_norm, 1 - fine.astype(jnp.float32))
 
     replicated = sharding.place(mesh, sharding.REPLICATED)
     outputs = None if placements is None else (placements, replicated)
@@ -96,11 +109,17 @@ def loss_and_grads(
             config.logit_softcap,
         )
 
+    placements = {name: sharding.weight(mesh, name, x.shape) for name, x in params.items()}
+    shares = {name: sharding.without(sharding.TENSOR, spec) for name, spec in placements.items()}
+    whole_loss = _gathering(local_sum, placements)
+    rows = (sharding.DATA, sharding.FSDP)
+    alone = sharding.row_shares(mesh) == 1
+
     def on_device(params: Params, *batch: Array | None) -> tuple[Array, Params]:
         def accumulate(carry: tuple[Array, Params], micro: tuple[Array | None, ...]) -> tuple:
             return jax.tree.map(jnp.add, carry, gradient(params, *micro)), None
 
-        gradient = jax.value_and_grad(local_sum)
+        gradient = jax.value_and_grad(whole_loss)
         inputs, targets, _ = batch
         assert inputs is not None and targets is not None
         total, grads = gradient(params, *jax.tree.map(lambda x: x[0], batch))
@@ -108,15 +127,64 @@ def loss_and_grads(
             rest = jax.tree.map(lambda x: x[1:], batch)
             (total, grads), _ = jax.lax.scan(accumulate, (total, grads), rest)
         count = jnp.sum(targets >= 0).astype(jnp.float32)
-        total, grads, count = jax.lax.psum((total, grads, count), sharding.DATA)
+        if not alone:
+            total, count = jax.lax.psum((total, count), rows)
+            # gathering a share has summed its gradient over fsdp
+            divided = {name for name, spec in shares.items() if sharding.FSDP in spec}
+            grads = {
+                **jax.lax.psum({n: g for n, g in grads.items() if n not in divided}, rows),
+                **jax.lax.psum({n: g for n, g in grads.items() if n in divided}, sharding.DATA),
+            }
         scale = 1 / jnp.maximum(count, 1.0)
-        return total * scale, jax.tree.map(lambda g: g * scale, grads)
+        return total * scale, {name: grads[name] * scale for name in params}
+
+    if alone:
+        return on_device(params, *batch)
 
     spread = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(sharding.REPLICATED, *[sharding.MICRO_BATCHES] * 3),
-        out_specs=sharding.REPLICATED,
+        in_specs=(shares, *[sharding.MICRO_BATCHES] * 3),
+        out_specs=(sharding.REPLICATED, shares),
+        # tensor is left to the compiler, which divides the products as the weights are divided
+        axis_names=set(rows),
         check_vma=False,
     )
     return spread(params, *batch)
+
+
+def _gathering(loss: Callable[..., Array], placements: Mapping[str, P]) -> Callable[..., Array]:
+    """`loss` of whole weights as a function of their shares over `fsdp`.
+
+    The backward pass gathers them a second time instead of keeping them.
+    """
+    divided = {name: spec for name, spec in placements.items() if sharding.FSDP in spec}
+    if not divided:
+        return loss
+
+    def of_shares(params: Params, *batch: Array | None) -> Array:
+        whole = {
+            name: _gather(x, divided[name]) if name in divided else x for name, x in params.items()
+        }
+        return loss(whole, *batch)
+
+    return jax.checkpoint(
+        of_shares, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    )
+
+
+def _gather(x: Array, spec: P) -> Array:
+    """A weight made whole over `fsdp`, each device keeping its part of `tensor`.
+
+    By hand on both axes: of a gather on one, the compiler would make a gather on both.
+    """
+    axis = tuple(spec).index(sharding.FSDP)
+    kept = sharding.without(sharding.FSDP, spec)
+    collect = jax.shard_map(
+        lambda part: jax.lax.all_gather(part, sharding.FSDP, axis=axis, tiled=True),
+        in_specs=kept,
+        out_specs=kept,
+        axis_names={sharding.TENSOR},
+        check_vma=False,
+    )
+    return checkpoint_name(collect(x), GATHERED)

@@ -20,11 +20,13 @@ def training_parts(
     `rows` are those of `tracker.read_metrics`; validation must have run at least once.
     """
     loss_steps, losses = series(rows, "train/loss")
+    skipped = set(series(rows, "train/skipped")[0])
+    last = [x for step, x in zip(loss_steps, losses, strict=True) if step not in skipped][-50:]
     bpb_steps, bpbs = series(rows, "val/bpb")
     speed_steps, speeds = series(rows, "train/tokens_per_second")
     figures = {
         "val bpb": bpbs[-1],
-        "train loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
+        "train loss": sum(last) / max(1, len(last)),
         "train tokens/s": sorted(speeds)[len(speeds) // 2],
     }
     first = bpbs[0]
@@ -32,6 +34,7 @@ def training_parts(
         "val bpb before training": first,
         "val bpb fell by %": 100 * (1 - bpbs[-1] / first),
         "lowest val bpb": min(bpbs),
+        "steps skipped": float(len(skipped)),
         "training seconds": train_seconds,
     }
     parts: list[Part] = [

@@ -37,6 +37,7 @@ from jaxchat.loss_eval import bits_per_byte
 from jaxchat.report import Report
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
+from jaxchat.spikes import SpikeRule
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, open_tracker, read_metrics
 from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
@@ -106,7 +107,9 @@ class Config:
     save_every: int | None = None
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the newest first."""
+    """Newest checkpoints to keep; the one that validated best is kept besides."""
+    max_skipped: int = SpikeRule.max_skipped
+    """Steps skipped as spikes, of any 128, that end the run."""
 
     corpus: str | None = None
     """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
@@ -118,6 +121,8 @@ class Config:
     """Seed of the weights and of the data order."""
     backend: str = DEFAULT_BACKEND
     """jax or torch."""
+    mesh: str = "auto"
+    """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
     run: str | None = None
     """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
     tensorboard: bool = False
@@ -132,9 +137,17 @@ def main(config: Config) -> None:
     """Train to the horizon, evaluate, and add a section to the report."""
     if config.resume not in ("auto", "never"):
         raise ValueError(f"--resume {config.resume}: choose auto or never")
+    store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
+    with store.claim():
+        train(config, store)
+
+
+def train(config: Config, store: CheckpointStore) -> None:
+    """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    backend = backend_class(config.backend)(shape_of(config, tokenizer.vocab_size))
+    shape = shape_of(config, tokenizer.vocab_size)
+    backend = backend_class(config.backend)(shape, mesh=config.mesh)
     corpus = open_corpus(config.corpus or default_corpus())
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)
@@ -147,7 +160,6 @@ def main(config: Config) -> None:
         "schedule": asdict(schedule),
         "seed": config.seed,
     }
-    store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
     backend.init(config.seed)
     backend.start_training(optimizer, plan)
     restored = store.restore(backend, facts) if config.resume == "auto" else None
@@ -160,7 +172,7 @@ def main(config: Config) -> None:
         config=asdict(config),
         resume_step=start["step"],
     )
-    with train_loader(config, corpus, tokenizer, plan, start["loader"]) as loader:
+    with train_loader(config, corpus, tokenizer, plan, backend, start["loader"]) as loader:
         stage = Stage(
             backend=backend,
             loader=loader,
@@ -170,9 +182,15 @@ def main(config: Config) -> None:
             meta=facts | {"run": start["run"], "config": asdict(config)},
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
             sample=lambda: show(sample(backend, tokenizer)),
+            agree=backend.agree,
+            best_by="val/bpb",
         )
         result = run_loop(
-            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+            stage,
+            loop,
+            start_step=start["step"],
+            train_seconds=start["train_seconds"],
+            guard_state=start.get("guard"),
         )
     tracker.close()
     if result.interrupted:
@@ -241,6 +259,7 @@ def loop_of(config: Config, backend: Backend, plan: TrainingPlan) -> LoopConfig:
         eval_every=config.eval_every,
         save_every=config.save_every,
         sample_every=config.sample_every,
+        spikes=SpikeRule(max_skipped=config.max_skipped),
     )
 
 
@@ -268,6 +287,7 @@ def train_loader(
     corpus: Corpus,
     tokenizer: Tokenizer,
     plan: TrainingPlan,
+    backend: Backend,
     state: Mapping[str, Any] | None,
 ) -> PackedLoader:
     return PackedLoader(
@@ -277,7 +297,10 @@ def train_loader(
         rows_per_batch=plan.total_batch_size // config.sequence_len,
         sequence_len=config.sequence_len,
         seed=config.seed,
+        process_index=backend.devices.process,
+        process_count=backend.devices.processes,
         state=state,
+        gather=backend.gather,
     )
 
 

@@ -1,7 +1,12 @@
 """Checkpoints appear whole or not at all, and say what is wrong with them."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +128,78 @@ def test_a_step_that_is_not_there_lists_those_that_are(base_dir):
         checkpoint.load_model("base", backend="jax", model_tag="d4", step=11)
     meta = json.loads((stage_directory("base", "d4") / "step_000010/meta.json").read_text())
     assert meta["backend"] == "file"
+
+
+def test_the_best_by_validation_outlives_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step, figure in ((10, 1.3), (20, 1.1), (30, 1.2), (40, 1.25), (50, 1.3)):
+        store.save(step, FileBackend(), {})
+        store.note_validation(step, figure)
+    store.finish()
+    assert store.best() == 20
+    assert store.steps() == [20, 40, 50]
+    store.note_validation(60, 0.5)  # was not saved, cannot be kept
+    assert store.best() == 20
+
+
+def test_a_run_that_went_back_forgets_a_best_it_has_not_reached_again(tmp_path):
+    """The newest checkpoints were damaged: what comes after them may differ from what was."""
+    store = saved(tmp_path, steps=(10, 20))
+    store.note_validation(20, 1.0)
+    store.save(20, FileBackend(), {})
+    store.note_validation(20, 1.4)
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 20, "figure": 1.4}
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null"])
+def test_a_half_written_meta_is_skipped_for_the_checkpoint_before(tmp_path, damage, capsys):
+    store = saved(tmp_path)
+    (store.path(30) / "meta.json").write_text(damage)
+    assert store.restore(FileBackend(), {"tokenizer": "t"})["step"] == 20
+    assert f"warning: skipping {store.path(30)}" in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_while_writing_costs_only_that_checkpoint(tmp_path):
+    """The system itself refuses to write more than 500 bytes into a file."""
+    store = saved(tmp_path, steps=(10,))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.save(20, FileBackend(), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.restore(FileBackend(), {})["step"] == 10
+    store.save(20, FileBackend(), {})
+    store.finish()
+    assert store.steps() == [10, 20]
+
+
+def test_two_runs_cannot_own_one_folder(tmp_path):
+    busy = pytest.raises(OSError, match=rf"in use by process {os.getpid()} on .*--model-tag")
+    with CheckpointStore(tmp_path).claim(), busy, CheckpointStore(tmp_path).claim():
+        pass
+    with CheckpointStore(tmp_path).claim():
+        pass
+
+
+def test_the_claim_of_a_killed_process_is_free_again(tmp_path):
+    words = "import sys, pathlib, time; from jaxchat.artifacts import claim\n"
+    words += "with claim(pathlib.Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", words, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "mine\n"
+        busy = pytest.raises(OSError, match=f"process {process.pid}")
+        with busy, CheckpointStore(tmp_path).claim():
+            pass
+        process.kill()
+    with CheckpointStore(tmp_path).claim():
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts():
+    """/proc refuses everybody, root included."""
+    refused = pytest.raises(OSError, match=r"cannot write to /proc/run: .*; set JAXCHAT_BASE_DIR")
+    with refused, CheckpointStore(Path("/proc/run")).claim():
+        pass

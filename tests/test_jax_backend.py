@@ -108,3 +108,26 @@ def test_micro_batches_that_do_not_divide_over_the_devices_are_refused():
     ids = np.zeros((1, 3, 64), np.int32)
     with pytest.raises(ValueError, match="3 rows do not divide over 8 devices"):
         start().train_step(ids, ids, schedule_at(0, ScheduleConfig(), PLAN))
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=2,fsdp=2,tensor=2"])
+def test_a_checkpoint_continues_on_another_mesh(tmp_path, mesh):
+    """Written by eight devices on the data axis; scores and samples are compared as well."""
+    whole = start()
+    train(whole, range(2))
+    whole.save(tmp_path / "step")
+    whole.wait()
+    other = JaxBackend(CONFIG, mesh=mesh)
+    other.init(7)
+    other.start_training(OptimizerConfig(), PLAN)
+    other.load(tmp_path / "step")
+    for name, value in whole.get_params().items():
+        np.testing.assert_array_equal(other.get_params()[name], value, err_msg=name)
+    np.testing.assert_allclose(train(other, range(2, 6)), train(whole, range(2, 6)), rtol=1e-5)
+    ids = np.random.default_rng(9).integers(0, 300, (8, 33)).astype(np.int32)
+    ours, theirs = (b.score(ids[:, :-1], ids[:, 1:]).nll for b in (other, whole))
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    _, logits = other.prefill(other.new_cache(1, 64), 0, ids[0], 0)
+    np.testing.assert_allclose(
+        logits, whole.prefill(whole.new_cache(1, 64), 0, ids[0], 0)[1], atol=2e-3
+    )

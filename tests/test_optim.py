@@ -12,6 +12,7 @@ from jaxchat import optim
 from jaxchat.config import AdamGroup, OptimizerConfig, plan_training
 from jaxchat.params import split
 from jaxchat.schedule import StepSchedule
+from jaxchat.sharding import Layout
 from tests.models import MODERN, make_perturbed
 
 SCHEDULE = StepSchedule(np.float32(0.5), np.float32(0.9), np.float32(0.1))
@@ -123,7 +124,7 @@ def test_stacks_and_their_padding_change_nothing():
     names = [f"h.{i}.w" for i in (0, 1, 2, 9, 10)]
     params = {name: random_stack(6, 4, seed=i) for i, name in enumerate(names)}
     grads = {name: random_stack(6, 4, seed=i + 50) for i, name in enumerate(names)}
-    padded = optim.muon(lr=0.1, beta2=0.9, stack_multiple=8)
+    padded = optim.muon(lr=0.1, beta2=0.9, layout=Layout(8))
     together, state = padded.update(grads, padded.init(params), params, schedule=SCHEDULE)
     assert state.momentum["6x4"].shape == (8, 6, 4)
     alone = optim.muon(lr=0.1, beta2=0.9)

@@ -62,3 +62,14 @@ def test_a_guest_that_cannot_start_is_no_reason_not_to_train(tmp_path, monkeypat
 def test_nobody_asked_means_no_guest():
     assert open_guests(wandb_run=None, tensorboard=None, config={}) == []
     assert open_guests(wandb_run="dummy", tensorboard=None, config={}) == []
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_nan_again_when_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = Tracker(path)
+    tracker.log(1, {"train/loss": float("nan"), "train/mfu": 0.5})
+    tracker.close()
+    assert path.read_text() == '{"step": 1, "train/loss": null, "train/mfu": 0.5}\n'
+    Tracker(path, resume_step=1).close()
+    [row] = read_metrics(path)
+    assert row["train/loss"] != row["train/loss"]

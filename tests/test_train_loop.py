@@ -3,8 +3,11 @@
 The backend only keeps a diary: that real ones resume exactly is tests/test_resume.py's subject.
 """
 
+import json
+import math
 import os
 import signal
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from jaxchat.backend import DeviceInfo
 from jaxchat.dataloader import Batch
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import SpikeRule
 from jaxchat.tracker import METRICS, Tracker, read_metrics
 from jaxchat.train_loop import LoopConfig, Stage, run_loop
 
@@ -24,6 +28,7 @@ class Diary:
 
     def __init__(self):
         self.entries, self.weights, self.on_step = [], [], None
+        self.losses = {}
 
     def __next__(self):
         rows = np.zeros((4, 8), np.int32)
@@ -32,12 +37,18 @@ class Diary:
     def state(self):
         return {"read": self.entries.count("train")}
 
-    def train_step(self, inputs, targets, schedule, weights):
+    def train_step(self, inputs, targets, schedule, weights, limits):
         assert inputs.shape == targets.shape == weights.shape == (2, 2, 8)
         self.entries.append("train")
         if self.on_step is not None:
             self.on_step(self.entries.count("train"))
-        return {"loss": np.float32(2.0), "grad_norm": np.float32(1.0)}
+        loss = self.losses.get(self.entries.count("train"), 2.0)
+        skipped = not (math.isfinite(loss) and loss <= limits.loss)
+        return {
+            "loss": np.float32(loss),
+            "grad_norm": np.float32(1),
+            "skipped": np.float32(skipped),
+        }
 
     def save(self, step, backend, meta):
         self.entries.append(f"save {step} after {meta['loader']['read']}")
@@ -49,6 +60,7 @@ class Diary:
 @pytest.fixture
 def diary(tmp_path):
     diary = Diary()
+    diary.directory = tmp_path
 
     def run(**config):
         def evaluate():
@@ -71,8 +83,8 @@ def diary(tmp_path):
             sample=sample,
         )
         loop = LoopConfig(micro_batches=2, flops_per_token=1000.0, **config)
-        result = run_loop(stage, loop)
-        tracker.close()
+        with closing(tracker):
+            result = run_loop(stage, loop)
         return result, read_metrics(tmp_path / METRICS)
 
     diary.run = run
@@ -112,3 +124,25 @@ def test_a_signal_ends_the_loop_after_its_step_is_saved(diary, name, capsys):
     assert rows[-1]["step"] == 2
     assert f"stopped by {name}; step 2 is saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_spike_is_skipped_kept_and_counted(diary, tmp_path, capsys):
+    """Step 40 is far above a steady loss, step 45 is not a number: both leave their batch."""
+    diary.losses = {40: 7.0, 45: float("nan")}
+    result, rows = diary.run(num_iterations=50)
+    assert result.step == 50
+    assert [row["step"] for row in rows if "train/skipped" in row] == [40, 45]
+    evidence = json.loads((tmp_path / "skipped" / "step_000040.0.json").read_text())
+    assert evidence["loss"] == 7.0
+    assert evidence["limits"]["loss"] == pytest.approx(2 * 1.12)
+    with np.load(tmp_path / "skipped" / "step_000045.0.npz") as batch:
+        assert sorted(batch) == ["inputs", "targets", "weights"]
+        assert batch["inputs"].shape == (4, 8)
+    assert "step 45 skipped: loss nan" in capsys.readouterr().out
+    assert math.isnan(next(r for r in rows if r["step"] == 45 and "train/loss" in r)["train/loss"])
+
+
+def test_too_many_spikes_end_the_run_and_say_where_to_look(diary):
+    diary.losses = dict.fromkeys(range(3, 50), float("inf"))
+    with pytest.raises(ValueError, match=r"step 7: 5 of the last 7 .* loss inf .*skipped; look at"):
+        diary.run(num_iterations=50, spikes=SpikeRule(max_skipped=5))

@@ -1,5 +1,6 @@
 """The whole step: against JAX's plain gradient, over micro-batches, and over devices."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ from jaxchat import optim, sharding
 from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
 from jaxchat.params import bind, split
 from jaxchat.schedule import StepSchedule, schedule_at
+from jaxchat.spikes import NO_LIMITS
 from jaxchat.train_step import TrainState, loss_and_grads, make_train_step
 from tests.models import PRESETS, make_perturbed
 
@@ -54,15 +56,19 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(preset, weighted):
         np.testing.assert_allclose(grads[name], expected[name], atol=relative * scale, err_msg=name)
 
 
-def losses_on(devices, micro_batches, steps=6):
+def losses_on(mesh, micro_batches=1, steps=6):
     config = replace(PRESETS["modern"], n_layer=2)
     graphdef, params = split(make_perturbed(config))
     optimizer = OptimizerConfig()
-    plan = plan_training(config, optimizer, num_iterations=steps, total_batch_size=16 * 64)
-    mesh = mesh_of(devices)
-    transform = optim.make_optimizer(config, optimizer, plan, stack_multiple=devices)
-    step = make_train_step(graphdef, transform, mesh)
+    plan = plan_training(config, optimizer, num_iterations=20, total_batch_size=16 * 64)
+    layout = sharding.MeshLayout(mesh)
+    transform = optim.make_optimizer(config, optimizer, plan, layout=layout)
     state = TrainState(params, transform.init(params))
+    placements = TrainState(
+        sharding.weights(mesh, params), sharding.optimizer_state(mesh, state.opt_state)
+    )
+    state = jax.device_put(jax.tree.map(jnp.copy, state), placements)
+    step = make_train_step(graphdef, transform, mesh, placements)
     losses = []
     for i in range(steps):
         inputs, targets = random_batch((1, 16, 64), seed=i % 2)
@@ -74,11 +80,24 @@ def losses_on(devices, micro_batches, steps=6):
     return losses
 
 
-def test_eight_devices_train_as_one():
-    alone = losses_on(1, 1)
-    np.testing.assert_allclose(losses_on(8, 1), alone, rtol=1e-5)
-    np.testing.assert_allclose(losses_on(4, 2), alone, rtol=1e-5)
-    assert alone[4] < alone[0]  # it does learn the batch that it saw before
+@pytest.fixture(scope="module")
+def alone():
+    return losses_on(mesh_of(1), steps=20)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 2)])
+def test_every_mesh_trains_as_one_device(alone, sizes):
+    mesh = sharding.make_mesh(
+        jax.devices()[: math.prod(sizes)], dict(zip(sharding.AXES, sizes, strict=True))
+    )
+    np.testing.assert_allclose(losses_on(mesh, steps=20), alone, atol=1e-5, rtol=1e-5)
+    assert alone[18] < alone[0]  # it does learn the batch that it saw before
+
+
+def test_micro_batches_on_a_mesh_train_as_one_batch(alone):
+    np.testing.assert_allclose(losses_on(mesh_of(4), 2), alone[:6], rtol=1e-5)
+    mesh = sharding.make_mesh(jax.devices()[:4], {"fsdp": 4})
+    np.testing.assert_allclose(losses_on(mesh, 2), alone[:6], rtol=1e-5)
 
 
 def test_a_step_compiles_once():
@@ -93,3 +112,37 @@ def test_a_step_compiles_once():
         schedule = StepSchedule(*map(np.float32, schedule_at(i, ScheduleConfig(), plan)))
         state, _ = step(state, (*random_batch((1, 2, 64), seed=i), None), schedule)
     assert step._cache_size() == 1
+
+
+def test_a_step_that_would_hurt_changes_nothing():
+    """Not finite, or above a limit: weights and optimizer state stay bit for bit."""
+    config = replace(PRESETS["modern"], n_layer=1)
+    graphdef, params = split(make_perturbed(config))
+    plan = plan_training(config, OptimizerConfig(), num_iterations=4, total_batch_size=1024)
+    transform = optim.make_optimizer(config, OptimizerConfig(), plan)
+    step = make_train_step(graphdef, transform, mesh_of(1))
+    schedule = StepSchedule(*map(np.float32, schedule_at(0, ScheduleConfig(), plan)))
+    inputs, targets = random_batch((1, 2, 64))
+    ones = np.ones(inputs.shape, np.float32)
+
+    def run(weights, **limits):
+        state = TrainState(params, transform.init(params))
+        before = jax.tree.map(np.array, state)
+        bounds = NO_LIMITS._replace(**limits)
+        bounds = type(bounds)(*map(np.float32, bounds))
+        after, metrics = step(
+            jax.tree.map(jnp.array, before), (inputs, targets, weights), schedule, bounds
+        )
+        same = jax.tree.map(lambda a, b: np.array_equal(a, b), after, before)
+        return all(jax.tree.leaves(same)), float(metrics.skipped), float(metrics.grad_norm)
+
+    unchanged, skipped, norm = run(ones)
+    assert (unchanged, skipped) == (False, 0.0)
+    for weights, limits in (
+        (np.full_like(ones, np.nan), {}),
+        (np.full_like(ones, np.inf), {}),
+        (ones, {"loss": 1.0}),
+        (ones, {"grad_norm": 0.9 * norm}),
+    ):
+        assert run(weights, **limits)[:2] == (True, 1.0), limits
+    assert run(ones, grad_norm=1.1 * norm)[:2] == (False, 0.0)

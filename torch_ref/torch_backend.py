@@ -8,6 +8,7 @@ works on its own rows. Left out: schedules, data and checkpoint names, which bel
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores, Sna
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
 from jaxchat.schedule import StepSchedule
+from jaxchat.spikes import NO_LIMITS, Limits
 from torch_ref import decoding, kv_cache, runtime, weights
 from torch_ref.gpt import GPT
 from torch_ref.kv_cache import KVCache
@@ -43,8 +45,15 @@ class TorchBackend:
     name = "torch"
 
     def __init__(
-        self, config: GPTConfig, *, dtype: str | None = None, device: int | None = None
+        self,
+        config: GPTConfig,
+        *,
+        dtype: str | None = None,
+        device: int | None = None,
+        mesh: str | None = None,
     ) -> None:
+        if mesh not in (None, "auto"):
+            raise ValueError(f"--mesh {mesh}: torch divides rows alone; use --backend jax")
         self.config = config
         self.device = runtime.pick_device(device)
         self.dtype = runtime.compute_dtype(self.device, dtype)
@@ -132,12 +141,21 @@ class TorchBackend:
         if self._loss_scale is not None:
             self._loss_scale = LossScale()
 
+    def agree(self, asked: bool) -> bool:
+        votes = torch.tensor(float(asked), device=self.device)
+        self.ranks.sum_in_place(votes)
+        return bool(votes > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]  # every process is given the whole batch
+
     def train_step(
         self,
         inputs: np.ndarray,
         targets: np.ndarray,
         schedule: StepSchedule,
         weights: np.ndarray | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> Mapping[str, Float[Tensor, ""]]:
         assert self._optimizer is not None, "call start_training before train_step"
         rows, world = inputs.shape[1], self.ranks.world
@@ -157,10 +175,12 @@ class TorchBackend:
             loss_scale=1.0 if self._loss_scale is None else self._loss_scale.value,
         )
         norm = global_norm(grads.values())
-        if self._loss_scale is None or self._loss_scale.accepts(norm):
+        fine = bool(torch.isfinite(loss + norm))
+        fine &= bool((loss <= limits.loss) & (norm <= limits.grad_norm))
+        if (self._loss_scale is None or self._loss_scale.accepts(norm)) and fine:
             self._optimizer.step(grads, schedule)
             self._weights_changed()
-        return {"loss": loss, "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(float(not fine))}
 
     def get_optimizer_state(self) -> dict[str, np.ndarray]:
         assert self._optimizer is not None, "call start_training before get_optimizer_state"

@@ -1,0 +1,157 @@
+"""One run on several real processes over loopback: same numbers, one voice, a clean end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchat.checkpoint import CheckpointStore
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tracker import read_metrics
+
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+WORDS = "the a model reads writes token step loss of and to learns from every"
+OPTIONS = (
+    "--depth 1 --aspect-ratio 32 --head-dim 16 --sequence-len 64 --device-batch-size 2 "
+    f"--total-batch-size 512 --num-iterations {STEPS} --eval-every 4 --eval-tokens 512 "
+    "--save-every 2 --sample-every 100 --model-tag tiny"
+).split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    base = tmp_path_factory.mktemp("world")
+    text = base / "text"
+    text.mkdir()
+    rng = np.random.default_rng(0)
+    words = np.array(WORDS.split())
+    for i in range(60):
+        (text / f"{i:03d}.txt").write_text(" ".join(rng.choice(words, 80)))
+    tokenizer = Tokenizer.train((p.read_text() for p in sorted(text.iterdir())), vocab_size=300)
+    tokenizer.save(base / "tokenizer")
+    return base
+
+
+def start(world, base, count, *, devices, options=()):
+    """`count` processes with `devices` each, and a base directory of the run's own."""
+    base.mkdir(exist_ok=True)
+    for shared in ("tokenizer", "compilation_cache"):
+        (world / shared).mkdir(exist_ok=True)
+        if not (base / shared).exists():
+            (base / shared).symlink_to(world / shared)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "scripts.base_train", *OPTIONS, *options]
+    processes = []
+    for index in range(count):
+        env = {
+            **os.environ,
+            "JAXCHAT_BASE_DIR": str(base),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if count > 1:
+            env |= {
+                "JAXCHAT_COORDINATOR": f"127.0.0.1:{port}",
+                "JAXCHAT_PROCESS_COUNT": str(count),
+                "JAXCHAT_PROCESS_INDEX": str(index),
+            }
+        process = subprocess.Popen(
+            [*words, "--corpus", str(world / "text")],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+    return processes
+
+
+def finish(processes):
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def run_of(base):
+    return base / "base_checkpoints" / "tiny"
+
+
+def losses(base):
+    rows = read_metrics(run_of(base) / "metrics.jsonl")
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    base = world / "alone"
+    finish(start(world, base, 1, devices=4))
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"), [(2, 2, "auto"), (4, 1, "fsdp=4"), (2, 2, "fsdp=2,tensor=2")]
+)
+def test_processes_train_as_one(world, alone, tmp_path, count, devices, mesh):
+    outputs = finish(start(world, tmp_path, count, devices=devices, options=["--mesh", mesh]))
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
+    assert len(losses(tmp_path)) == STEPS
+    assert "step 8/8" in outputs[0]
+    assert all("step" not in output for output in outputs[1:])
+    ours, theirs = (
+        [row["val/bpb"] for row in read_metrics(run_of(base) / "metrics.jsonl") if "val/bpb" in row]
+        for base in (tmp_path, alone)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def wait_for(base, step):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if len(losses(base)) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_and_another_number_continues_it(world, alone, tmp_path):
+    """Killed after step 3 of a longer run; one process goes on where two have been."""
+    processes = start(world, tmp_path, 2, devices=2)
+    wait_for(tmp_path, 3)
+    processes[1].send_signal(signal.SIGKILL)
+    output = processes[0].communicate(timeout=200)[0]
+    processes[1].communicate()
+    if processes[0].returncode != 0:  # the rest of so short a run may have been under way
+        assert processes[0].returncode == 75, output
+        assert "a process of this run is gone" in output
+        assert "run the same command again" in output
+    finish(start(world, tmp_path, 1, devices=4))
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
+    assert CheckpointStore(run_of(tmp_path)).steps()[-1] == STEPS
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_the_same_step(world, alone, tmp_path):
+    processes = start(world, tmp_path, 2, devices=2)
+    wait_for(tmp_path, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    codes = {process.returncode for process in processes}
+    assert codes in ({143}, {0}), outputs
+    if codes == {143}:
+        stopped = re.search(r"stopped by another process; step (\d+) is saved", outputs[0])
+        assert CheckpointStore(run_of(tmp_path)).steps()[-1] == int(stopped[1])
+    finish(start(world, tmp_path, 2, devices=2))
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
