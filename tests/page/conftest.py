@@ -131,6 +131,13 @@ class Chat:
         """What the messages say, without what stands around them."""
         return [text.strip() for text in self.page.locator(".message .body").all_inner_texts()]
 
+    def answer_text(self) -> str:
+        """The last answer as it was written, Markdown and all: what its copy button copies."""
+        self.answers.last.hover()
+        self.answers.last.get_by_role("button", name="Copy", exact=True).click()
+        self.page.wait_for_selector(".done")
+        return self.page.evaluate("navigator.clipboard.readText()")
+
     def conversation_titles(self) -> list[str]:
         return self.page.locator("#conversations .conversation").all_inner_texts()
 
