@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # until then playwright's event loop runs in this thread
 def browser():
     path = find_chromium()
     if path is None:
@@ -43,7 +43,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running_server():
     with ScriptedServer() as server:
         yield server
