@@ -26,8 +26,9 @@ test: setup
 	uv run --no-sync pytest tests -m "not slow"
 	cargo test -p rustbpe
 
-# Every test.
-slow: setup
+# Every test, lm-eval's too.
+slow:
+	bash -c 'set -e; . scripts/setup.sh --group lm-eval'
 	uv run --no-sync pytest tests
 
 # The whole pipeline on a toy model, in a folder of its own, in under three minutes.

@@ -10,6 +10,7 @@ avoid (every weight but the embedding tables once, and the cache that the rows h
 bandwidth that the machine is measured to have.
 """
 
+import itertools
 import json
 import resource
 import statistics
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -78,6 +79,10 @@ class Config:
             )
 
 
+Models: TypeAlias = dict[str, tuple[Backend, Tokenizer]]
+"""By the backend's name."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One round: what a client that waits for a batch of replies sees."""
@@ -93,8 +98,8 @@ class Sample:
 
 def main(config: Config) -> None:
     """Measure, print a table, then one line of JSON."""
-    models = {name: load(config, name) for name in config.backends}
-    bandwidth = memory_bandwidth(models)
+    models: Models = {name: load(config, name) for name in config.backends}
+    bandwidth = max(measured_bandwidth(name) for name in models)
     results: list[dict[str, Any]] = []
     for batch_size in config.batch_sizes:
         results += sweep(config, models, batch_size, bandwidth)
@@ -131,15 +136,15 @@ def bare_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer of this size for a model that has none: its tokens mean nothing."""
     pairs = (bytes([a, b]) for a in range(256) for b in range(256))
     tokens = [bytes([a]) for a in range(256)]
-    tokens += [pair for _, pair in zip(range(vocab_size - 256 - len(SPECIAL_NAMES)), pairs)]
+    tokens += itertools.islice(pairs, vocab_size - 256 - len(SPECIAL_NAMES))
     return Tokenizer(tokens)
 
 
 def sweep(
     config: Config,
-    models: dict[str, tuple[Backend, Tokenizer]],
+    models: Models,
     batch_size: int,
-    bandwidth: dict[str, float],
+    bandwidth: float,
 ) -> list[dict[str, Any]]:
     """One row a backend, measured in turns."""
     engines = {name: make_engine(config, *models[name], batch_size) for name in models}
@@ -147,9 +152,11 @@ def sweep(
     for round in range(-1, config.rounds):  # round -1 warms up
         for name, engine in engines.items():
             sample = measure(config, engine, batch_size, seed=round + 1)
+            speed = f"{sample.tokens_per_s:.1f} tokens/s"
+            print(f"{name}, batch {batch_size}, round {round + 1}: {speed}", file=sys.stderr)
             if round >= 0:
                 samples[name].append(sample)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, own in samples.items():
         backend = models[name][0]
         inter_token_s = median(own, "inter_token_s")
@@ -162,7 +169,7 @@ def sweep(
                 "inter_token_s": inter_token_s,
                 "tokens_per_s": median(own, "tokens_per_s"),
                 "step_bytes": needed_bytes,
-                "roofline_share": needed_bytes / inter_token_s / bandwidth[name],
+                "roofline_share": needed_bytes / inter_token_s / bandwidth,
             }
         )
     for row in rows:
@@ -213,26 +220,30 @@ def make_requests(config: Config, engine: Engine, count: int, seed: int) -> list
     return [Request(prompt, params, tools=False) for prompt in prompts]
 
 
-def continuous(config: Config, models: dict[str, tuple[Backend, Tokenizer]]) -> dict[str, float]:
+def continuous(config: Config, models: Models) -> dict[str, float]:
     """How much sooner many requests are answered together than one after the other."""
-    ratios = {}
-    for name, model in models.items():
-        together = make_engine(config, *model, config.sequential)
-        alone = make_engine(config, *model, 1)
-        pairs = []
-        for round in range(-1, config.rounds):
-            requests = make_requests(config, together, config.sequential, round + 1)
-            wall_s = seconds(lambda requests=requests: together.complete(requests))
-            alone_s = seconds(lambda requests=requests: [alone.complete([x]) for x in requests])
-            if round >= 0:
-                pairs.append(alone_s / wall_s)
-        ratios[name] = statistics.median(pairs)
-    return ratios
+    return {name: _continuous(config, *model) for name, model in models.items()}
+
+
+def _continuous(config: Config, backend: Backend, tokenizer: Tokenizer) -> float:
+    together = make_engine(config, backend, tokenizer, config.sequential)
+    alone = make_engine(config, backend, tokenizer, 1)
+    ratios = []
+    for round in range(-1, config.rounds):
+        requests = make_requests(config, together, config.sequential, round + 1)
+        start = time.perf_counter()
+        together.complete(requests)
+        middle = time.perf_counter()
+        for request in requests:
+            alone.complete([request])
+        if round >= 0:
+            ratios.append((time.perf_counter() - middle) / (middle - start))
+    return statistics.median(ratios)
 
 
 def step_bytes(config: Config, backend: Backend, batch_size: int) -> int:
     """Bytes that one decoding step reads at least, half-way through the replies."""
-    itemsize = np.dtype(np.float32).itemsize if "float32" in str(_dtype(backend)) else 2
+    itemsize = 4 if "float32" in str(getattr(backend, "dtype", "float32")) else 2
     counts = count_params(backend.config)
     weights = counts["matrices"] + counts["lm_head"]
     c = backend.config
@@ -241,13 +252,11 @@ def step_bytes(config: Config, backend: Backend, batch_size: int) -> int:
     return itemsize * (weights + 2 * batch_size * seen * c.n_kv_head * c.head_dim)
 
 
-def memory_bandwidth(models: dict[str, tuple[Backend, Tokenizer]]) -> dict[str, float]:
-    """Bytes a second that each backend's device reads when it sums a large array."""
-    return {name: bandwidth_of(name) for name in models}
+def measured_bandwidth(name: str) -> float:
+    """Bytes a second that a backend's device reads when it sums a large array.
 
-
-def bandwidth_of(name: str) -> float:
-    """The best of several: other work can only slow it down."""
+    The best of several: other work can only slow it down.
+    """
     count = PROBE_BYTES // 4
     if name == "jax":
         import jax
@@ -296,10 +305,6 @@ def on_screen(rows: list[dict[str, Any]]) -> Table:
             f"{row['speed_ratio']:.2f}",
         )
     return shown
-
-
-def _dtype(backend: Backend) -> Any:
-    return getattr(backend, "dtype", "float32")
 
 
 if __name__ == "__main__":

@@ -504,6 +504,13 @@ def test_a_failed_step_answers_500_and_the_next_request_is_served(idle, monkeypa
     assert idle.get("/ready").status_code == 200
 
 
+def test_a_bug_of_ours_answers_500_with_the_headers_of_every_answer(idle, monkeypatch):
+    monkeypatch.setattr(idle.app.state.service, "check_model", lambda name: 1 / 0)
+    answer = chat(idle)
+    assert "log says more" in error_of(answer, 500)["message"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
 def test_a_failed_score_answers_500(idle, monkeypatch):
     monkeypatch.setattr(idle.engine.backend, "score_prompt", lambda ids: 1 / 0)
     error_of(complete(idle, echo=True, logprobs=1), 500)
@@ -543,7 +550,7 @@ def test_a_failed_warm_up_is_never_ready(monkeypatch):
 
 def test_replicas_share_the_work_and_give_the_same_answers():
     engines = [make_engine() for _ in range(2)]
-    with running(engines) as one, ThreadPoolExecutor() as threads:
+    with running(engines) as one, ThreadPoolExecutor(2 * SLOTS) as threads:
         wait_for(lambda: all(worker.available for worker in one.pool.workers))
         for engine in engines:
             step = engine.step

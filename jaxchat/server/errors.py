@@ -1,7 +1,6 @@
 """Errors as OpenAI's API words them: one body, the right status, never an echo of the prompt."""
 
 import json
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,8 +8,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-
-log = logging.getLogger("jaxchat.server")
 
 TYPES = {
     400: "invalid_request_error",
@@ -105,7 +102,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -136,8 +132,3 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     response = ApiError(status, message).response()
     response.headers.update(error.headers or {})
     return response
-
-
-async def _unexpected(_request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected error: %s", type(error).__name__)
-    return ApiError(500, "The server failed; its log says more.").response()

@@ -70,8 +70,13 @@ class Gate:
                 await self._drain(scope, receive)
                 await error.response()(scope, receive, send_with_headers)
                 return
-            limited = self._limited(receive)
-            await self._app(scope, limited, send_with_headers)
+            try:
+                await self._app(scope, self._limited(receive), send_with_headers)
+            except Exception:  # our own bug; the log has it, the client hears that there is one
+                log.exception("%s %r failed", scope["method"], scope["path"])
+                if not status:
+                    error = ApiError(500, "The server failed; its log says more.")
+                    await error.response()(scope, receive, send_with_headers)
         finally:
             route = scope.get("route")  # the pattern, so that strangers cannot invent labels
             path = getattr(route, "path", "(none)")

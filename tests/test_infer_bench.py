@@ -1,0 +1,54 @@
+"""The benchmark: what it counts, and that one run ends in one JSON document."""
+
+import json
+
+import pytest
+
+from jaxchat.config import GPTConfig
+from scripts import infer_bench
+from tests.servers import backend
+
+TINY = {
+    "depth": 2,
+    "aspect_ratio": 32,
+    "vocab_size": 300,
+    "sequence_len": 64,
+    "prompt_tokens": 8,
+    "new_tokens": 6,
+    "rounds": 1,
+    "batch_sizes": (1, 2),
+    "tokens_per_dispatch": 4,
+}
+
+
+def test_a_bare_tokenizer_has_the_size_of_the_model():
+    assert infer_bench.bare_tokenizer(8192).vocab_size == 8192
+
+
+def test_a_step_reads_every_matrix_and_what_the_windows_see():
+    config = infer_bench.Config(prompt_tokens=40, new_tokens=20)
+    one = backend()
+    c = GPTConfig(**vars(one.config))
+    matrices = sum(x.size for name, x in one.get_params().items() if name.startswith("h."))
+    head = c.padded_vocab_size * c.n_embd
+    cache = 2 * 3 * c.n_layer * 50 * c.n_kv_head * c.head_dim  # keys and values of three rows
+    assert infer_bench.step_bytes(config, one, 3) == 4 * (matrices + head + cache)
+
+
+def test_values_out_of_range_are_named():
+    with pytest.raises(ValueError, match="rounds=0"):
+        infer_bench.Config(rounds=0)
+
+
+@pytest.mark.slow
+def test_the_last_line_is_one_document_about_both_backends(capsys):
+    infer_bench.main(infer_bench.Config(**TINY, sequential=2))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = [(row["backend"], row["batch_size"]) for row in document["results"]]
+    assert found == [("jax", 1), ("torch", 1), ("jax", 2), ("torch", 2)]
+    for row in document["results"]:
+        assert row["tokens_per_s"] > 0
+        assert row["inter_token_s"] * row["tokens_per_s"] == pytest.approx(row["batch_size"])
+        assert 0 < row["roofline_share"] < 1.5
+    assert document["continuous"].keys() == {"jax", "torch"}
+    assert document["peak_host_bytes"] > 10**8
