@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # until then playwright's event loop runs in this thread
 def browser():
     path = find_chromium()
     if path is None:
@@ -43,7 +43,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running_server():
     with ScriptedServer() as server:
         yield server
@@ -130,6 +130,13 @@ class Chat:
     def texts(self) -> list[str]:
         """What the messages say, without what stands around them."""
         return [text.strip() for text in self.page.locator(".message .body").all_inner_texts()]
+
+    def answer_text(self) -> str:
+        """The last answer as it was written, Markdown and all: what its copy button copies."""
+        self.answers.last.hover()
+        self.answers.last.get_by_role("button", name="Copy", exact=True).click()
+        self.page.wait_for_selector(".done")
+        return self.page.evaluate("navigator.clipboard.readText()")
 
     def conversation_titles(self) -> list[str]:
         return self.page.locator("#conversations .conversation").all_inner_texts()

@@ -115,6 +115,9 @@ def test_a_page_without_models_says_so_and_keeps_the_message(context, server):
     chat = Chat.open(context, server)
     chat.box.fill("hello")
     chat.box.press("Enter")
-    expect(chat.page.locator("#notices")).to_contain_text("No model is loaded")
+    expect(chat.page.locator("#notices")).to_contain_text("has no model to ask")
     expect(chat.box).to_have_value("hello")
+    server.models = ["d4-sft"]  # no reload is needed
+    chat.box.press("Enter")
+    expect(chat.answers.last).to_contain_text("d4-sft heard: hello")
     assert chat.problems == []

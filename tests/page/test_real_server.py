@@ -104,6 +104,9 @@ def checkpoint(tmp_path_factory):
         for name in sorted(params):
             noise = rng.normal(0, 0.1, params[name].shape).astype(np.float32)
             params[name] = params[name] + noise
+        # the end of a turn gets the logit 0, far from the likeliest: every answer is a long one
+        for name in ("assistant_end", "bos"):
+            params["lm_head.weight"][tokenizer.special_id(name)] = 0
         backend.set_params(params)
         store = CheckpointStore(stage_directory("sft", "d2"))
         store.save(1, backend, {"tokenizer": tokenizer.fingerprint})
@@ -146,14 +149,14 @@ def test_a_conversation_of_several_turns(chat):
 def test_the_same_seed_gives_the_same_answer(chat):
     set_values(chat, Longest_answer=60, Seed=7)
     chat.say("hello")
-    first = chat.texts()[1]
+    first = chat.answer_text()
     chat.button("Regenerate").click()
     chat.wait_until_finished()
-    assert chat.texts()[1] == first
+    assert chat.answer_text() == first
     set_values(chat, Seed=8)
     chat.button("Regenerate").click()
     chat.wait_until_finished()
-    assert chat.texts()[1] != first
+    assert chat.answer_text() != first
 
 
 def test_stop_frees_the_slot(chat, server):

@@ -1,8 +1,8 @@
 """Pictures of the page: light, dark, on a phone, stages side by side.
 
 They go to `$JAXCHAT_SCREENSHOTS`, or where that is not set to the test's own folder; the best are
-in dev/ for the README. What is asserted is only that something was drawn. The answers are words of
-the test, and the model is called "scripted", so that no picture promises what no model said.
+in dev/ for the README. What is asserted is only that something was drawn. The test wrote what the
+answers say, and calls the model "scripted", so that no picture promises what no model said.
 """
 
 import math

@@ -58,20 +58,20 @@ def test_a_cut_in_the_answer_of_the_server_changes_nothing(chat, server, share):
     length = sum(map(len, chat_events(says(*TEXT))))
     server.play(says(*TEXT, cut_at=int(length * share)))
     chat.say("hello")
-    assert stored_text(chat) == "".join(TEXT)
+    assert chat.answer_text() == "".join(TEXT)
 
 
 def test_an_answer_that_comes_byte_by_byte_is_whole(chat, server):
     server.play(says(*TEXT, one_byte_at_a_time=True))
     chat.say("hello")
-    assert stored_text(chat) == "".join(TEXT)
+    assert chat.answer_text() == "".join(TEXT)
 
 
 def test_special_tokens_and_control_characters_are_text(chat, server):
     text = "<|assistant_end|> \x00\x07\x1b[31m data: [DONE]\n\ndata: x"
     server.play(says(text))
     chat.say("hello")
-    assert stored_text(chat) == text
+    assert chat.answer_text() == text
 
 
 def test_an_answer_grows_while_it_comes(chat, server):
@@ -117,11 +117,3 @@ def test_speed_and_first_token_stand_below_an_answer(chat, server):
     expect(stats).to_contain_text("20 tokens")
     speed = float(stats.inner_text().split(" tokens/s")[0].rsplit(" ", 1)[1])
     assert 1 < speed < 100  # 20 pauses of 10 ms are 0.2 s
-
-
-def stored_text(chat) -> str:
-    """The text of the last answer, as the copy button gives it."""
-    chat.answers.last.hover()
-    chat.answers.last.get_by_role("button", name="Copy", exact=True).click()
-    chat.page.wait_for_selector(".done")
-    return chat.page.evaluate("navigator.clipboard.readText()")

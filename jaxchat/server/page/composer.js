@@ -9,8 +9,9 @@ const DRAFT_MS = 200;
 export class Composer {
   #draftTimer = null;
 
-  constructor(session, settings, thread, announce) {
-    Object.assign(this, { session, settings, thread, announce });
+  /** `announce(text)` tells the reader something; `loadModels()` asks for the models again. */
+  constructor(session, settings, thread, { announce, loadModels }) {
+    Object.assign(this, { session, settings, thread, announce, loadModels });
     this.box = byId("prompt");
     this.box.addEventListener("keydown", (event) => this.#key(event));
     this.box.addEventListener("input", () => this.#changed());
@@ -62,7 +63,7 @@ export class Composer {
     }
   }
 
-  #send() {
+  async #send() {
     const text = this.box.value.trim();
     if (!text || this.session.streaming) return;
     if (isCommand(text)) {
@@ -72,7 +73,9 @@ export class Composer {
       return;
     }
     if (this.session.models.length === 0) {
-      this.announce("No model is loaded: the server cannot be reached.");
+      await this.loadModels();
+      if (this.session.models.length === 0) this.announce("The server has no model to ask.");
+      else if (this.box.value.trim() === text) this.#send();
       return;
     }
     this.#clear();

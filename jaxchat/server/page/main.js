@@ -27,7 +27,8 @@ const session = new Session(database, settings);
 drawIcons(document);
 const dialog = settingsDialog(settings);
 const thread = new Thread(session);
-new Composer(session, settings, thread, (text) => notice(text));
+let loading = null;
+new Composer(session, settings, thread, { announce: (text) => notice(text), loadModels });
 const sidebar = new Sidebar(session, database);
 const picker = new ModelPicker(session, settings);
 
@@ -160,13 +161,15 @@ function closeMenus(target = null) {
   return open.length > 0;
 }
 
-async function loadModels() {
-  try {
-    await picker.load();
-  } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    notice(`${ADVICE[error.kind]} ${error.message}`);
-  }
+/** Ask the server for its models; whoever asks while that is under way waits for the same answer. */
+function loadModels() {
+  loading ??= picker.load().catch(explain).finally(() => (loading = null));
+  return loading;
+}
+
+function explain(error) {
+  if (!(error instanceof ApiError)) throw error;
+  notice(`${ADVICE[error.kind]} ${error.message}`);
 }
 
 settings.addEventListener("change", ({ detail }) => detail === "apiKey" && loadModels());

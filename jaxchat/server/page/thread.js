@@ -14,6 +14,7 @@ const MARGIN = "1200px";
 export class Thread {
   #views = new Map();
   #following = true;
+  #top = 0;
   #grown = new Set();
   #waiting = new WeakMap();
 
@@ -122,13 +123,17 @@ export class Thread {
     const { scroller } = this;
     const button = byId("to-bottom");
     scroller.addEventListener("scroll", () => {
-      const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-      this.#following = left < NEAR_END;
+      const { scrollTop } = scroller;
+      const left = scroller.scrollHeight - scrollTop - scroller.clientHeight;
+      // only going up ends it: what grew since the last scroll must not look like a reader who left
+      if (left < NEAR_END) this.#following = true;
+      else if (scrollTop < this.#top) this.#following = false;
+      this.#top = scrollTop;
       button.hidden = this.#following;
       hideCard();
     }, { passive: true });
     scroller.addEventListener("wheel", ({ deltaY }) => {
-      if (deltaY < 0) this.#following = false;
+      if (deltaY < 0 && scroller.scrollTop > 0) this.#following = false;
     }, { passive: true });
     button.addEventListener("click", () => {
       this.toEnd();
@@ -139,7 +144,9 @@ export class Thread {
   }
 
   #followSoon() {
-    if (this.#following) this.scroller.scrollTop = this.scroller.scrollHeight;
+    if (!this.#following) return;
+    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.#top = this.scroller.scrollTop;
   }
 
   toEnd() {
