@@ -136,7 +136,7 @@ def test_a_lost_process_ends_the_run_and_another_number_continues_it(world, alon
     if processes[0].returncode != 0:  # the rest of so short a run may have been under way
         assert processes[0].returncode == 75, output
         assert "a process of this run is gone" in output
-        assert "run the same command again" in output
+        assert "Run the same command again" in output
     finish(start(world, tmp_path, 1, devices=4))
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
     assert CheckpointStore(run_of(tmp_path)).steps()[-1] == STEPS
