@@ -3,7 +3,7 @@
     python -m scripts.chat_sft                   # the deepest midtrained model, one pass
     python -m scripts.chat_sft --source base --data offline
 
-Reads the hub's task sets when they have been downloaded (python -m scripts.data_download --all)
+Reads the hub's task sets when `data_download --all` has fetched them,
 and offline tasks otherwise. Batch sizes and learning rates are those of the source's run unless
 given.
 """

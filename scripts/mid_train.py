@@ -3,7 +3,7 @@
     python -m scripts.mid_train                  # the deepest base model, one pass
     python -m scripts.mid_train --data offline --num-iterations 300
 
-Reads the hub's task sets when they have been downloaded (python -m scripts.data_download --all)
+Reads the hub's task sets when `data_download --all` has fetched them,
 and offline tasks otherwise. Batch sizes and learning rates are those of the base run unless given.
 """
 

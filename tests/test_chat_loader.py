@@ -67,7 +67,7 @@ def take(loader, batches):
 def contents(batches):
     """The conversations of rows, as ids: a row cut at its bos, padding (bos alone) left out."""
     found = []
-    for inputs, targets in ((r, t) for b in batches for r, t in zip(*b, strict=True)):
+    for inputs, targets in ((r, t) for b in batches for r, t in zip(*b[:2], strict=True)):
         row = np.append(inputs, targets[-1] if targets[-1] != IGNORE else -9)
         starts = [*np.flatnonzero(row[:-1] == BOS), len(row)]
         pieces = [row[a:b] for a, b in itertools.pairwise(starts)]

@@ -73,7 +73,9 @@ def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
         check=True,
     )
     assert "tier cpu (a Mac, so on PyTorch)" in shell.stdout
-    as_a_mac = "import numpy, sys; sys.platform = 'darwin'; import jaxchat.backend as b; "
+    as_a_mac = (
+        "import numpy, sys, urllib.request; sys.platform = 'darwin'; import jaxchat.backend as b; "
+    )
     python = [sys.executable, "-c", as_a_mac + "print(b.DEFAULT_BACKEND)"]
     assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
 

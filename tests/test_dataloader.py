@@ -45,6 +45,11 @@ def take(loader, batches):
         return [next(loader) for _ in range(batches)]
 
 
+def ids(batches):
+    """Inputs and targets alone."""
+    return [batch[:2] for batch in batches]
+
+
 texts = st.lists(st.text(st.characters(codec="ascii"), max_size=40), min_size=1, max_size=40)
 slow = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
@@ -56,7 +61,7 @@ def test_rows_start_with_bos_and_hold_whole_documents_or_cropped_ends(groups, le
     known = {text.encode() for group in groups for text in group}
     batch = take(loader_of(ListCorpus(groups), sequence_len=length, seed=seed), 1)[0]
     assert batch.inputs.shape == batch.targets.shape == (8, length)
-    for inputs, targets in zip(*batch, strict=True):
+    for inputs, targets in zip(*batch[:2], strict=True):
         row = np.append(inputs, targets[-1])
         np.testing.assert_array_equal(row[1:], targets)
         assert row[0] == ByteTokenizer.bos_id
@@ -121,7 +126,7 @@ def test_a_state_resumes_bit_for_bit(before, after, rows):
         state = json.loads(json.dumps(loader.state()))
         expected = [next(loader) for _ in range(after)]
     resumed = take(loader_of(corpus, rows_per_batch=rows, state=state), after)
-    np.testing.assert_array_equal(resumed, expected)
+    np.testing.assert_array_equal(ids(resumed), ids(expected))
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
@@ -147,14 +152,14 @@ def test_a_run_of_two_processes_continues_on_one():
             states.append(loader.state())
     expected = take(loader_of(corpus), 6)[3:]
     resumed = take(loader_of(corpus, state=merge_states(states)), 3)
-    np.testing.assert_array_equal(resumed, expected)
+    np.testing.assert_array_equal(ids(resumed), ids(expected))
 
 
 def test_epochs_differ_and_seeds_differ_but_both_repeat():
     corpus = corpus_of(documents=40, groups=1)
     first, again = (take(loader_of(corpus), 6) for _ in range(2))
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, take(loader_of(corpus, seed=4), 6))
+    np.testing.assert_array_equal(ids(first), ids(again))
+    assert not np.array_equal(ids(first), ids(take(loader_of(corpus, seed=4), 6)))
 
 
 def test_the_fullest_fit_wins():

@@ -1,6 +1,7 @@
 """Exported folders are whole, say the truth about the model, and come back bit for bit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_written(base_dir, 
 
 
 def test_a_name_is_text_in_the_card(backend, tokenizer, tmp_path):
-    model = LoadedModel(backend, tokenizer, {"step": 1})
+    model = LoadedModel(backend, tokenizer, {"step": 1}, "d1", Path("d1"))
     card = export.model_card(model, "a_b *c*", "base", [], is_stock=True)
     assert "# a\\_b \\*c\\*" in card
     assert 'tokenizer("<|bos|>The sky is"' in card

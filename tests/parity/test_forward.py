@@ -127,7 +127,7 @@ def test_half_precision_training(dtype, bound, parity):
     inputs, targets = (x[:, None] for x in random_batch(config))
     ours = JaxTwin(config, params, getattr(jnp, dtype))
     loss, grads = jax.jit(lambda p, b: jax_loss_and_grads(ours.graphdef, p, b, ONE_DEVICE))(
-        ours.params, (jnp.asarray(inputs), jnp.asarray(targets))
+        ours.params, (jnp.asarray(inputs), jnp.asarray(targets), None)
     )
     theirs = torch_twin(config, params, getattr(torch, dtype))
     batch = (torch.from_numpy(inputs), torch.from_numpy(targets))

@@ -7,6 +7,7 @@ the way a stranger would.
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ class Exported:
         backend = TorchBackend(config, dtype="float32")
         backend.set_params(self.params)
         self.backend = backend
-        model = LoadedModel(backend, tokenizer, {"step": 1})
+        model = LoadedModel(backend, tokenizer, {"step": 1}, "d1", Path("d1"))
         export_hugging_face(model, folder, name="tiny", source="sft", sections=[])
         self.described = json.loads((folder / "config.json").read_text())
         trust = {"trust_remote_code": True} if "auto_map" in self.described else {}
