@@ -5,11 +5,10 @@ The text is the embedded corpus, with fewer libraries than installed so that it 
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
-from jaxchat import core_eval, embedded_corpus, sharding
+from jaxchat import core_eval, embedded_corpus
 from jaxchat.config import OptimizerConfig, SamplingParams, ScheduleConfig, plan_training
 from jaxchat.conversation import render, render_for_completion
 from jaxchat.core_eval import evaluate_task
@@ -73,12 +72,8 @@ def config(tokenizer):
 @pytest.fixture(scope="module")
 def backends(config):
     """JAX on one device and torch, with the same weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        one_device = sharding.make_mesh(jax.devices()[:1])
-        patch.setattr(sharding, "make_mesh", lambda: one_device)
-        ours = JaxBackend(config, dtype="float32")
-    theirs = TorchBackend(config, dtype="float32")
-    return ours, theirs
+    ours = JaxBackend(config, dtype="float32", device=0)
+    return ours, TorchBackend(config, dtype="float32")
 
 
 @pytest.fixture
@@ -176,9 +171,9 @@ def test_engines_with_tool_use(same_weights, tokenizer, config, parity):
     learn_by_heart(theirs, tokenizer, config)
     ours.set_params(theirs.get_params())
     prompt = render_for_completion(tokenizer, CONVERSATION)
-    params = SamplingParams(max_tokens=200, temperature=0.0)
+    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
     other = Request(tokenizer.encode("Returns the graph"), replace(params, temperature=1.0, seed=3))
-    asked = Request(prompt, params, ignore_eos=True)
+    asked = Request(prompt, params)
     (reply, beside), (their_reply, their_beside) = (
         Engine(backend, tokenizer, slots=2).complete([asked, other]) for backend in same_weights
     )
