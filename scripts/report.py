@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxchat import artifacts, cli
 from jaxchat.report import Report
+from jaxchat.report_page import render
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def main(config: Config) -> None:
         raise ValueError(
             f"nothing to report in {report.directory}: run a stage first (bash speedrun_jax.sh)"
         )
-    print(copy(report.render(), config.output))
+    print(copy(render(report), config.output))
 
 
 def copy(source: Path, directory: Path) -> Path:

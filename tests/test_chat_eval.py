@@ -16,6 +16,7 @@ from jaxchat.checkpoint import CheckpointStore, stage_directory
 from jaxchat.config import GPTConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.report import Report
+from jaxchat.report_page import render
 from jaxchat.task_eval import ChatResult
 from jaxchat.tasks.hub import HUB_SETS, missing_sets
 from jaxchat.tasks.words import words_path
@@ -67,7 +68,7 @@ def test_stages_end_up_side_by_side_in_the_report(trained, capsys):
     assert [row[0] for row in table.rows] == ["Arithmetic", "HumanEval"]
     assert table.rows[0][1:] == ["0.0 [0.0, 49.0] of 4"] * 2
     assert table.rows[1][1:] == [None, "skipped: no sandbox: no sandbox was asked for"]
-    text = Report(trained).render().read_text()
+    text = render(Report(trained)).read_text()
     assert "## Chat tasks by stage" in text
     assert "| Arithmetic | 0 | 0 |" in text  # the summary
 

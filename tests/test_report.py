@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat import report
+from jaxchat import environment, report_page
 from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text
+from jaxchat.report_page import render
 from scripts import report as report_script
 
 LOSS = Curve(
@@ -25,8 +26,8 @@ LOSS = Curve(
 @pytest.fixture
 def card(tmp_path, monkeypatch):
     """A report on a machine that is always the same."""
-    environment = {"python": "3.11", "cpu": "abacus", "gpu": "none", "commit": "c0ffee"}
-    monkeypatch.setattr(report, "environment", lambda: dict(environment))
+    machine = {"python": "3.11", "cpu": "abacus", "gpu": "none", "commit": "c0ffee"}
+    monkeypatch.setattr(environment, "describe", lambda: dict(machine))
     return Report(tmp_path)
 
 
@@ -55,7 +56,7 @@ def test_sections_are_in_pipeline_order_and_a_rerun_replaces_its_own(card):
     assert [section.stage for section in card.sections()] == [
         *["tok_train", "base_eval", "chat_sft", "chat_eval_sft", "alpha", "zeta"]
     ]
-    headings = re.findall(r"^## (.*)$", card.render().read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", render(card).read_text(), re.MULTILINE)
     assert headings[-6:] == [
         *["first tok\\_train", "second base\\_eval", "first chat\\_sft"],
         *["first chat\\_eval\\_sft", "first alpha", "first zeta"],
@@ -66,7 +67,7 @@ def test_the_header_sums_up(card):
     card.add("base_eval", "Base", [], wall_seconds=65, figures={"val bpb": 1.25, "CORE": 0.1234567})
     card.add("chat_eval_sft", "Chat", [], wall_seconds=3600, figures={"ChatCORE": 0.3})
     card.add("tok_eval", "Tokens", [], figures={"bytes per token": 4})
-    text = card.render().read_text()
+    text = render(card).read_text()
     assert "| figure | base | sft |\n|---|---|---|\n| val bpb | 1.25 |  |" in text
     assert "| CORE | 0.1235 |  |\n| ChatCORE |  | 0.3 |" in text
     assert "| base\\_eval | 1m 05s |" in text
@@ -76,12 +77,12 @@ def test_the_header_sums_up(card):
 
 def test_pictures_are_drawn_linked_and_cleaned_up(card):
     card.add("base_train", "Base", [Text("x"), LOSS])
-    path = card.render()
+    path = render(card)
     picture = path.parent / "report_files" / "base_train_1.png"
     assert f"![Training loss](report_files/{picture.name})" in path.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
     card.add("base_train", "Base", [LOSS])
-    card.render()
+    render(card)
     assert [p.name for p in picture.parent.iterdir()] == ["base_train_0.png"]
 
 
@@ -89,7 +90,7 @@ def test_pictures_can_be_read_on_light_and_dark_pages():
     """No background of its own, and every ink at least 2.5:1 in contrast to white and to black."""
     from matplotlib.image import imread
 
-    pixels = imread(io.BytesIO(report.draw(LOSS)))  # (height, width, rgba)
+    pixels = imread(io.BytesIO(report_page.draw(LOSS)))  # (height, width, rgba)
     assert pixels[0, 0, 3] == 0
     solid = pixels[pixels[..., 3] == 1][:, :3]
     assert len(solid) > 500
@@ -125,13 +126,13 @@ def test_numbers_of_numpy_are_stored(card):
 )
 def test_cells_are_readable(card, value, shown):
     card.add("s", "S", [Table(["v"], [[value]])])
-    assert f"| v |\n|---|\n| {shown} |\n" in card.render().read_text()
+    assert f"| v |\n|---|\n| {shown} |\n" in render(card).read_text()
 
 
 @given(st.text(max_size=60))
 def test_escaped_text_reads_back_and_stays_on_its_line(text):
     """CommonMark: a backslash before punctuation stands for the punctuation."""
-    escaped = report.escape(text)
+    escaped = report_page.escape(text)
     assert len(escaped.splitlines()) <= 1
     read = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped)
     assert read == "".join(c if c.isprintable() else " " for c in text)
@@ -143,7 +144,7 @@ def test_text_is_no_markup(card):
     card.add(
         "s", "S", [Text("# no heading\n\n- no *list*\n\n    no code\n\n1. no\n\n---\n\n<b>no</b>")]
     )
-    shown = card.render().read_text().split("## S\n\n")[1].split("\n\n")
+    shown = render(card).read_text().split("## S\n\n")[1].split("\n\n")
     assert shown == [
         *["\\# no heading", "\\- no \\*list\\*", "no code", "1\\. no", "\\---"],
         "\\<b\\>no\\</b\\>\n",
@@ -152,7 +153,7 @@ def test_text_is_no_markup(card):
 
 @given(st.text(alphabet="`~\n |#a", max_size=60))
 def test_a_sample_cannot_leave_its_block(text):
-    fence, *body, closing, _ = report._fenced(text)
+    fence, *body, closing, _ = report_page._fenced(text)
     assert fence == closing + "text"
     assert "\n".join(body) == text
     assert all(not line.lstrip().startswith(closing) for line in body)
@@ -160,7 +161,7 @@ def test_a_sample_cannot_leave_its_block(text):
 
 def test_samples_are_shown_verbatim(card):
     card.add("s", "S", [Samples([("```py", "|x|\x1b[2J\n# no heading")])])
-    assert "````text\n```py▸|x|\ufffd[2J\n# no heading\n````" in card.render().read_text()
+    assert "````text\n```py▸|x|\ufffd[2J\n# no heading\n````" in render(card).read_text()
 
 
 def test_a_damaged_section_is_named(card):
@@ -169,7 +170,7 @@ def test_a_damaged_section_is_named(card):
     for content in (b"", b"[]", b"{}", b'{"parts": [{"kind": "Evil"}]}', path.read_bytes()[:-9]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"tok_train\.json is damaged .*run stage tok_train"):
-            card.render()
+            render(card)
 
 
 def test_mistakes_are_named(card):
@@ -183,7 +184,7 @@ def test_mistakes_are_named(card):
 
 def test_the_environment_is_described_in_seconds():
     start = time.monotonic()
-    found = report.environment()
+    found = environment.describe()
     assert {"python", "jax", "torch", "cpu", "memory", "gpu", "commit"} <= found.keys()
     assert found["numpy"] == np.__version__
     assert time.monotonic() - start < 10
@@ -193,7 +194,7 @@ def test_the_environment_is_described_in_seconds():
     ("seconds", "shown"), [(0.04, "0.0 s"), (59, "59.0 s"), (60, "1m 00s"), (3725, "1h 02m 05s")]
 )
 def test_durations(seconds, shown):
-    assert report.duration(seconds) == shown
+    assert report_page.duration(seconds) == shown
 
 
 def test_the_script_copies_report_and_pictures(card, tmp_path, monkeypatch, capsys):
@@ -212,6 +213,6 @@ def test_the_script_copies_report_and_pictures(card, tmp_path, monkeypatch, caps
 
 def test_copying_onto_itself_keeps_the_pictures(card):
     card.add("base_train", "Base", [LOSS])
-    path = card.render()
+    path = render(card)
     assert report_script.copy(path, path.parent) == path
     assert (path.parent / "report_files" / "base_train_0.png").is_file()
