@@ -23,7 +23,7 @@ check: setup
 
 # The fast tests, Python and Rust.
 test: setup
-	uv run --no-sync pytest tests -m "not slow"
+	uv run --no-sync pytest tests -m "not slow" -rs
 	cargo test -p rustbpe
 
 # Every test, lm-eval's too.
