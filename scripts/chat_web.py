@@ -1,6 +1,7 @@
 """Serve a model to a browser and to every client of OpenAI's API.
 
     python -m scripts.chat_web                # the deepest finetuned model, for this machine only
+    python -m scripts.chat_web -i all         # every stage there is, to compare side by side
     python -m scripts.chat_web --replicas 8   # one engine on each of eight local devices
     python -m scripts.chat_web --host 0.0.0.0 --api-key-file keys.txt   # one key a line
 
@@ -9,6 +10,7 @@ Point a client at http://127.0.0.1:8000/v1. `/ready` answers 200 once everything
 API keys may also come in JAXCHAT_API_KEYS, separated by commas.
 """
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Annotated, Literal
 
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import find_model_tag, load_model
+from jaxchat.checkpoint import CheckpointStore, find_model_tag, load_model, stage_directory
 from jaxchat.engine import SLOTS, Engine
 from jaxchat.server import serve
 from jaxchat.server.app import create_app
@@ -28,8 +30,9 @@ from jaxchat.server.settings import LOOPBACK, ServerSettings
 class Config:
     """Which model, where, and for whom."""
 
-    source: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "sft"
-    """Stage of the model. A base model continues text, the others converse."""
+    source: Annotated[Literal["base", "mid", "sft", "rl", "all"], cli.arg(aliases=["-i"])] = "sft"
+    """Stage of the model, or all that have a checkpoint. A base model continues text, the others
+    converse."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
@@ -68,33 +71,55 @@ class Config:
     def __post_init__(self) -> None:
         if self.replicas < 1 or not 0 <= self.port < 65536:
             raise ValueError(f"replicas={self.replicas} and port={self.port} are out of range")
+        if self.source == "all" and self.step is not None:
+            raise ValueError(f"step={self.step} belongs to one stage: name it instead of all")
 
 
 def main(config: Config) -> None:
-    """Load the model once for every replica and serve."""
+    """Load each model once for every replica and serve."""
     logging.basicConfig(level=logging.INFO, format=serve.LINES)
-    tag = config.model_tag or find_model_tag(config.source)
-    settings = server_settings(config, f"{config.source}-{tag}")
+    found = stages(config)
+    names = {stage: f"{stage}-{tag}" for stage, tag in found.items()}
+    first, *others = found
+    settings = server_settings(config, names[first])
+    engines = {stage: load_engines(config, stage, tag) for stage, tag in found.items()}
+    place = "every address" if _everywhere(config.host) else config.host
+    print(f"{', '.join(names.values())} at http://{config.host}:{config.port}", flush=True)
+    if config.host not in LOOPBACK and not settings.api_keys:
+        print(f"warning: {place} is open to others and no API key is asked for", flush=True)
+    app = create_app(engines[first], settings, {names[stage]: engines[stage] for stage in others})
+    serve.run(app, host=config.host, port=config.port, grace_s=config.grace_s)
+
+
+def stages(config: Config) -> dict[str, str]:
+    """The model's tag for each stage to serve; the first one answers those who name no model."""
+    if config.source != "all":
+        return {config.source: config.model_tag or find_model_tag(config.source)}
+    found = {}
+    for stage in ("sft", "rl", "mid", "base"):
+        if config.model_tag is not None:
+            if CheckpointStore(stage_directory(stage, config.model_tag)).steps():
+                found[stage] = config.model_tag
+        else:
+            with contextlib.suppress(FileNotFoundError):  # that stage has not been trained
+                found[stage] = find_model_tag(stage)
+    if not found:
+        find_model_tag("base")  # says what to train, or that the tag is at fault
+        raise FileNotFoundError(f"no stage has a model {config.model_tag}")
+    return found
+
+
+def load_engines(config: Config, stage: str, tag: str) -> list[Engine]:
+    """One engine of a stage's model on each of the devices."""
     engines = []
     for device in range(config.replicas):
         model = load_model(
-            config.source,
-            backend=config.backend,
-            model_tag=tag,
-            step=config.step,
-            device=device,
+            stage, backend=config.backend, model_tag=tag, step=config.step, device=device
         )
-        engine = Engine(
-            model.backend, model.tokenizer, slots=config.slots, max_length=config.max_length
+        engines.append(
+            Engine(model.backend, model.tokenizer, slots=config.slots, max_length=config.max_length)
         )
-        engines.append(engine)
-    place = "every address" if _everywhere(config.host) else config.host
-    print(f"{settings.model_name} at http://{config.host}:{config.port}", flush=True)
-    if config.host not in LOOPBACK and not settings.api_keys:
-        print(f"warning: {place} is open to others and no API key is asked for", flush=True)
-    serve.run(
-        create_app(engines, settings), host=config.host, port=config.port, grace_s=config.grace_s
-    )
+    return engines
 
 
 def server_settings(config: Config, model_name: str) -> ServerSettings:

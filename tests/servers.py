@@ -54,7 +54,8 @@ class RunningServer:
 
     def __init__(self, app, url):
         self.app, self.url = app, url
-        self.pool = app.state.service.pool
+        self.service = next(iter(app.state.services.values()))
+        self.pool = self.service.pool
         self.engine = self.pool.workers[0].engine
 
     def get(self, path, **options):
@@ -66,15 +67,17 @@ class RunningServer:
     def wait_idle(self, seconds=10.0):
         """Until nothing is under way in any engine."""
         deadline = time.monotonic() + seconds
-        while any(w.load or w.engine.busy or w._streams for w in self.pool.workers):
+        pools = [service.pool for service in self.app.state.services.values()]
+        workers = [worker for pool in pools for worker in pool.workers]
+        while any(w.load or w.engine.busy or w._streams for w in workers):
             assert time.monotonic() < deadline, "a slot was not freed"
             time.sleep(0.01)
 
 
 @contextlib.contextmanager
-def running(engines=None, *, ready=True, **settings):
+def running(engines=None, *, others=None, ready=True, **settings):
     """A server until the block ends; `ready` waits for the warm-up."""
-    app = create_app(engines or [make_engine()], ServerSettings(MODEL, **settings))
+    app = create_app(engines or [make_engine()], ServerSettings(MODEL, **settings), others)
     server = make_server(app, host="127.0.0.1", port=0, grace_s=5)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -84,7 +87,7 @@ def running(engines=None, *, ready=True, **settings):
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         one = RunningServer(app, f"http://127.0.0.1:{port}")
-        while ready and not one.pool.ready:
+        while ready and not all(other.pool.ready for other in app.state.services.values()):
             assert not one.pool.workers[0].failed
             time.sleep(0.01)
         yield one

@@ -58,6 +58,22 @@ def test_values_out_of_range_are_named():
         ServerSettings("m", api_keys=("",))
 
 
+def test_all_stages_are_those_with_a_checkpoint(base_dir):
+    with pytest.raises(FileNotFoundError, match="base_train"):
+        chat_web.stages(chat_web.Config(source="all"))
+    for stage, tag in (("base", "d2"), ("base", "d4"), ("sft", "d2")):
+        store = CheckpointStore(stage_directory(stage, tag))
+        store.save(1, backend(), {"tokenizer": tokenizer().fingerprint})
+        store.finish()
+    assert chat_web.stages(chat_web.Config(source="all")) == {"sft": "d2", "base": "d4"}
+    assert chat_web.stages(chat_web.Config(source="all", model_tag="d4")) == {"base": "d4"}
+    assert chat_web.stages(chat_web.Config(source="sft")) == {"sft": "d2"}
+    with pytest.raises(FileNotFoundError, match="no stage has a model d9"):
+        chat_web.stages(chat_web.Config(source="all", model_tag="d9"))
+    with pytest.raises(ValueError, match="step=3 belongs to one stage"):
+        chat_web.Config(source="all", step=3)
+
+
 def test_replies_under_way_end_when_the_server_is_told_to_stop():
     with ThreadPoolExecutor() as threads:
         with running() as one:

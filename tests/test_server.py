@@ -504,8 +504,29 @@ def test_a_failed_step_answers_500_and_the_next_request_is_served(idle, monkeypa
     assert idle.get("/ready").status_code == 200
 
 
+def test_several_models_stand_beside_each_other():
+    with running(others={"other": [make_engine()]}) as one:
+        cards = one.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == [MODEL, "other"]
+        assert one.get("/v1/models/other").json()["id"] == "other"
+        answers = [chat(one, model=name).json() for name in (MODEL, "other", None)]
+        assert [answer["model"] for answer in answers] == [MODEL, "other", MODEL]
+        assert answers[0]["choices"] == answers[1]["choices"]  # the same weights
+        assert complete(one, model="other").json()["model"] == "other"
+        assert "'tiny', 'other'" in error_of(chat(one, model="third"), 404)["message"]
+        families = text_string_to_metric_families(one.get("/metrics").text)
+        prompts = next(family for family in families if family.name == "jaxchat:prompt_tokens")
+        counts = {sample.labels["model_name"]: sample.value for sample in prompts.samples}
+        assert counts[MODEL] > counts["other"] > 0
+        assert one.get("/stats").json()["total_workers"] == 2
+        one.app.state.services["other"].pool.draining = True
+        assert one.get("/ready").status_code == 503
+        assert one.get("/health").json()["ready"] is False
+        one.wait_idle()
+
+
 def test_a_bug_of_ours_answers_500_with_the_headers_of_every_answer(idle, monkeypatch):
-    monkeypatch.setattr(idle.app.state.service, "check_model", lambda name: 1 / 0)
+    monkeypatch.setattr(idle.service, "check_samples", lambda count: 1 / 0)
     answer = chat(idle)
     assert "log says more" in error_of(answer, 500)["message"]
     assert answer.headers["x-content-type-options"] == "nosniff"

@@ -1,7 +1,9 @@
 """The ASGI app: engines, limits and paths put together."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,7 +15,7 @@ from jaxchat import __version__
 from jaxchat.engine import Engine
 from jaxchat.server import chat, completions, errors, status, tokens
 from jaxchat.server.gate import Gate
-from jaxchat.server.metrics import Metrics
+from jaxchat.server.metrics import Families, Metrics
 from jaxchat.server.page import page_routes
 from jaxchat.server.pool import Pool
 from jaxchat.server.service import ClientLeft, Service
@@ -21,17 +23,28 @@ from jaxchat.server.settings import ServerSettings
 from jaxchat.server.worker import Worker
 
 
-def create_app(engines: Sequence[Engine], settings: ServerSettings) -> FastAPI:
-    """The app over engines with the same model; they warm up when the app starts."""
-    workers = [Worker(engine, name=f"replica-{i}") for i, engine in enumerate(engines)]
-    metrics = Metrics(settings.model_name, workers)
-    pool = Pool(workers, metrics, max_waiting=settings.max_waiting, timeout_s=settings.timeout_s)
+def create_app(
+    engines: Sequence[Engine],
+    settings: ServerSettings,
+    others: Mapping[str, Sequence[Engine]] | None = None,
+) -> FastAPI:
+    """The app over engines with the same model; they warm up when the app starts.
+
+    `others`: engines of further models by name, such as the other stages of training.
+    """
+    families = Families()
+    services = {
+        name: _service(group, replace(settings, model_name=name), families)
+        for name, group in {settings.model_name: engines, **(others or {})}.items()
+    }
+    pools = [service.pool for service in services.values()]
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        pool.start()
+        for pool in pools:
+            pool.start()
         yield
-        await pool.stop()
+        await asyncio.gather(*(pool.stop() for pool in pools))
 
     app = FastAPI(
         title="jaxchat",
@@ -42,13 +55,13 @@ def create_app(engines: Sequence[Engine], settings: ServerSettings) -> FastAPI:
         lifespan=lifespan,
         default_response_class=errors.AsciiJSON,
     )
-    app.state.service = Service(pool, engines[0].tokenizer, settings, metrics)
+    app.state.services = services
     errors.install(app)
     app.add_exception_handler(ClientLeft, _nobody_reads)
     for module in (chat, completions, tokens, status):
         app.include_router(module.router)
     app.router.routes.extend(page_routes())
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    app.add_middleware(Gate, settings=settings, families=families)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -58,6 +71,14 @@ def create_app(engines: Sequence[Engine], settings: ServerSettings) -> FastAPI:
         )
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app
+
+
+def _service(engines: Sequence[Engine], settings: ServerSettings, families: Families) -> Service:
+    name = settings.model_name
+    workers = [Worker(engine, name=f"{name}-replica-{i}") for i, engine in enumerate(engines)]
+    metrics = Metrics(families, name, workers)
+    pool = Pool(workers, metrics, max_waiting=settings.max_waiting, timeout_s=settings.timeout_s)
+    return Service(pool, engines[0].tokenizer, settings, metrics)
 
 
 def _schema(app: FastAPI) -> dict[str, Any]:

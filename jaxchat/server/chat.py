@@ -52,8 +52,7 @@ GENERATION_ERRORS = documented(400, 401, 404, 413, 429, 503)
 )
 async def chat(body: ChatRequest, request: Request) -> Response:
     """The next message of a conversation."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request, body.model)
     service.pool.check_open()
     engine_request = await run_in_threadpool(_engine_request, service, body)
     reply = _Reply(service, body, engine_request)

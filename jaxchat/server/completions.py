@@ -44,8 +44,7 @@ MAX_TOKENS = 16
 )
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """What follows one or several texts."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request, body.model)
     service.pool.check_open()
     prompts = await run_in_threadpool(_prompts, service, body)
     reply = _Reply(service, body, prompts)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.server.errors import ApiError
-from jaxchat.server.metrics import Metrics
+from jaxchat.server.metrics import Families
 from jaxchat.server.settings import ServerSettings
 
 log = logging.getLogger("jaxchat.server")
@@ -42,8 +42,8 @@ DRAINED_BODIES = 4
 class Gate:
     """The layer around the app."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, families: Families) -> None:
+        self._app, self._settings, self._families = app, settings, families
         self._keys = Keys(settings.api_keys)
         self._rates = RateLimit(settings.requests_per_minute)
 
@@ -80,7 +80,7 @@ class Gate:
         finally:
             route = scope.get("route")  # the pattern, so that strangers cannot invent labels
             path = getattr(route, "path", "(none)")
-            self._metrics.answered(path, status)
+            self._families.answered(path, status)
             seconds = time.perf_counter() - start
             log.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
 

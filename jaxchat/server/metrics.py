@@ -1,7 +1,8 @@
 """What Prometheus reads: the same quantities as vLLM's, under the prefix `jaxchat:`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -10,37 +11,34 @@ from prometheus_client.registry import Collector
 from jaxchat.request import Event
 from jaxchat.server.worker import Worker
 
+F = TypeVar("F", Gauge, Counter)
+
 LATENCIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
-class Metrics:
-    """The metrics of one server, in a registry of its own."""
+class Families:
+    """What one server measures, in a registry of its own; each model has a line in each."""
 
-    def __init__(self, model_name: str, workers: Sequence[Worker]) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._name, self._workers = model_name, workers
-        self._gauge("num_requests_running", "Replies in a slot.", self._running)
-        self._gauge("num_requests_waiting", "Replies that wait for a slot.", self._waiting)
-        self._gauge(
-            "replicas_available",
-            "Engines that take requests.",
-            lambda: sum(worker.available for worker in workers),
+        self.running = self._family(Gauge, "num_requests_running", "Replies in a slot.")
+        self.waiting = self._family(Gauge, "num_requests_waiting", "Replies that wait for a slot.")
+        self.available = self._family(Gauge, "replicas_available", "Engines that take requests.")
+        self.prefix_cache = _PrefixCache()
+        self.registry.register(self.prefix_cache)
+        self.prompt_tokens = self._family(
+            Counter, "prompt_tokens", "Prompt tokens of all requests."
         )
-        self.registry.register(_PrefixCache(model_name, workers))
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of all requests.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens of all replies.")
-        self._ended = Counter(
-            "jaxchat:request_success",
-            "Replies by the reason for their end.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
+        self.generation_tokens = self._family(
+            Counter, "generation_tokens", "Tokens of all replies."
         )
-        self._answers = Counter(
-            "jaxchat:http_requests",
-            "Answers by path and status.",
-            ["path", "status"],
-            registry=self.registry,
+        self.ended = self._family(
+            Counter, "request_success", "Replies by the reason for their end.",
+            labels=("model_name", "finished_reason"),
+        )  # fmt: skip
+        self._answers = self._family(
+            Counter, "http_requests", "Answers by path and status.", labels=("path", "status")
         )
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds", "From the request to its first token.", LATENCIES_S
@@ -63,6 +61,44 @@ class Metrics:
     def answered(self, path: str, status: int) -> None:
         self._answers.labels(path, str(status)).inc()
 
+    def _family(
+        self, kind: type[F], name: str, help: str, labels: Sequence[str] = ("model_name",)
+    ) -> F:
+        return kind(f"jaxchat:{name}", help, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(
+            f"jaxchat:{name}", help, ["model_name"], registry=self.registry, buckets=buckets
+        )
+
+
+class Metrics:
+    """The metrics of one model: its lines in the families of the server."""
+
+    def __init__(self, families: Families, model_name: str, workers: Sequence[Worker]) -> None:
+        self._families, self._name = families, model_name
+        families.running.labels(model_name).set_function(
+            lambda: sum(min(worker.load, worker.engine.slots) for worker in workers)
+        )
+        families.waiting.labels(model_name).set_function(
+            lambda: sum(max(0, worker.load - worker.engine.slots) for worker in workers)
+        )
+        families.available.labels(model_name).set_function(
+            lambda: sum(worker.available for worker in workers)
+        )
+        families.prefix_cache.workers[model_name] = workers
+        self.prompt_tokens = families.prompt_tokens.labels(model_name)
+        self.generation_tokens = families.generation_tokens.labels(model_name)
+        self.first_token_s = families.first_token_s.labels(model_name)
+        self.inter_token_s = families.inter_token_s.labels(model_name)
+        self.whole_s = families.whole_s.labels(model_name)
+        self.prompt_length = families.prompt_length.labels(model_name)
+        self.reply_length = families.reply_length.labels(model_name)
+
+    def text(self) -> bytes:
+        """The exposition format of all families."""
+        return self._families.text()
+
     def watch(self, prompt_tokens: int) -> "Watch":
         """Start the clock of one request."""
         self.prompt_tokens.inc(prompt_tokens)
@@ -70,45 +106,26 @@ class Metrics:
         return Watch(self)
 
     def ended(self, reason: str) -> None:
-        self._ended.labels(self._name, reason).inc()
-
-    def _running(self) -> int:
-        return sum(min(worker.load, worker.engine.slots) for worker in self._workers)
-
-    def _waiting(self) -> int:
-        return sum(max(0, worker.load - worker.engine.slots) for worker in self._workers)
-
-    def _gauge(self, name: str, help: str, function: Callable[[], float]) -> None:
-        gauge = Gauge(f"jaxchat:{name}", help, ["model_name"], registry=self.registry)
-        gauge.labels(self._name).set_function(function)
-
-    def _counter(self, name: str, help: str) -> Counter:
-        counter = Counter(f"jaxchat:{name}", help, ["model_name"], registry=self.registry)
-        return counter.labels(self._name)
-
-    def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
-        histogram = Histogram(
-            f"jaxchat:{name}", help, ["model_name"], registry=self.registry, buckets=buckets
-        )
-        return histogram.labels(self._name)
+        self._families.ended.labels(self._name, reason).inc()
 
 
 class _PrefixCache(Collector):
     """Counters that the engines keep."""
 
-    def __init__(self, model_name: str, workers: Sequence[Worker]) -> None:
-        self._name, self._workers = model_name, workers
+    def __init__(self) -> None:
+        self.workers: dict[str, Sequence[Worker]] = {}
+        """Of each model."""
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        engines = [worker.engine for worker in self._workers]
-        for name, help, value in (
-            ("queries", "Tokens of all prompts.", sum(one.prompt_tokens for one in engines)),
-            ("hits", "Those that the cache held.", sum(one.reused_tokens for one in engines)),
+        for name, help, count in (
+            ("queries", "Tokens of all prompts.", lambda engine: engine.prompt_tokens),
+            ("hits", "Those that the cache held.", lambda engine: engine.reused_tokens),
         ):
             family = CounterMetricFamily(
                 f"jaxchat:prefix_cache_{name}", help, labels=["model_name"]
             )
-            family.add_metric([self._name], value)
+            for model_name, workers in self.workers.items():
+                family.add_metric([model_name], sum(count(worker.engine) for worker in workers))
             yield family
 
 

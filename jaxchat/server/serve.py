@@ -45,7 +45,8 @@ def run(app: FastAPI, *, host: str, port: int, grace_s: int) -> None:
 
     async def serve() -> None:
         def stop() -> None:
-            app.state.service.pool.draining = True
+            for service in app.state.services.values():
+                service.pool.draining = True
             server.force_exit = server.should_exit
             server.should_exit = True
 

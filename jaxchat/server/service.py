@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class Service:
-    """One server's parts."""
+    """One model's parts; a server has one for each of its models."""
 
     pool: Pool
     tokenizer: Tokenizer
@@ -36,17 +36,6 @@ class Service:
     def max_length(self) -> int:
         """Tokens that a prompt and its reply may have."""
         return self.pool.workers[0].engine.max_length
-
-    def check_model(self, name: str | None) -> None:
-        """ApiError 404 for a model that is not ours."""
-        own = self.settings.model_name
-        if name is not None and name != own:
-            raise ApiError(
-                404,
-                f"The model {name[:100]!r} does not exist; this server has {own!r}.",
-                param="model",
-                code="model_not_found",
-            )
 
     def check_samples(self, count: int) -> None:
         """ApiError 400 for more replies than one request may have."""
@@ -86,8 +75,25 @@ class Service:
             raise ApiError(400, f"{error}.", param=param) from error
 
 
-def service_of(request: Request) -> Service:
-    return request.app.state.service
+def services_of(request: Request) -> dict[str, Service]:
+    """The server's models by name; the first is meant where a request names none."""
+    return request.app.state.services
+
+
+def service_of(request: Request, name: str | None = None) -> Service:
+    """The model that a request asks for. ApiError 404 for one that is not ours."""
+    services = services_of(request)
+    if name is None:
+        return next(iter(services.values()))
+    if name not in services:
+        raise ApiError(
+            404,
+            f"The model {name[:100]!r} does not exist; this server has "
+            f"{', '.join(map(repr, services))}.",
+            param="model",
+            code="model_not_found",
+        )
+    return services[name]
 
 
 def new_id(kind: str) -> str:

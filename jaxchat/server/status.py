@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from jaxchat.server import responses
 from jaxchat.server.errors import AsciiJSON, documented
-from jaxchat.server.service import Service, service_of
+from jaxchat.server.service import Service, service_of, services_of
 
 router = APIRouter()
 
@@ -15,8 +15,9 @@ KEYED = documented(401, 429)
 
 @router.get("/v1/models", response_model=responses.ModelList, responses=KEYED)
 async def models(request: Request) -> Response:
-    """The one model that this server has, as a list."""
-    return AsciiJSON({"object": "list", "data": [_card(service_of(request))]})
+    """The models that this server has; the first answers where a request names none."""
+    cards = [_card(service) for service in services_of(request).values()]
+    return AsciiJSON({"object": "list", "data": cards})
 
 
 @router.get(
@@ -24,22 +25,21 @@ async def models(request: Request) -> Response:
 )
 async def model(model: str, request: Request) -> Response:
     """A model by its id."""
-    service = service_of(request)
-    service.check_model(model)
-    return AsciiJSON(_card(service))
+    return AsciiJSON(_card(service_of(request, model)))
 
 
 @router.get("/health", response_model=responses.Health, responses=documented())
 async def health(request: Request) -> Response:
     """Whether the process lives."""
-    return AsciiJSON({"status": "ok", "ready": service_of(request).pool.ready})
+    is_ready = all(service.pool.ready for service in services_of(request).values())
+    return AsciiJSON({"status": "ok", "ready": is_ready})
 
 
 @router.get("/ready", response_model=responses.Health, responses=documented(503))
 async def ready(request: Request) -> Response:
     """Whether requests are taken: not before warm-up, not while stopping, not after a failure."""
-    pool = service_of(request).pool
-    pool.check_ready()
+    for service in services_of(request).values():
+        service.pool.check_ready()
     return AsciiJSON({"status": "ok", "ready": True})
 
 
@@ -60,7 +60,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/stats", response_model=responses.Stats, responses=KEYED)
 async def stats(request: Request) -> Response:
     """The replicas, one by one."""
-    service = service_of(request)
+    services = services_of(request).values()
     replicas = [
         {
             "name": worker.name,
@@ -69,10 +69,11 @@ async def stats(request: Request) -> Response:
             "load": worker.load,
             "available": worker.available,
         }
+        for service in services
         for worker in service.pool.workers
     ]
     answer = {
-        "model": service.settings.model_name,
+        "model": service_of(request).settings.model_name,
         "total_workers": len(replicas),
         "available_workers": sum(replica["available"] for replica in replicas),
         "workers": replicas,

@@ -20,8 +20,7 @@ ERRORS = documented(400, 401, 404, 413, 429)
 @router.post("/tokenize", response_model=responses.Tokens, responses=ERRORS)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids of a text, or of the prompt that a conversation makes."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request, body.model)
     ids = await run_in_threadpool(_ids, service, body)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_length, "tokens": ids}
     if body.return_token_strs:
@@ -32,8 +31,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 @router.post("/detokenize", response_model=responses.Text, responses=ERRORS)
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of ids; special tokens are written `<|name|>`."""
-    service = service_of(request)
-    service.check_model(body.model)
+    service = service_of(request, body.model)
     try:
         text = await run_in_threadpool(service.tokenizer.decode, body.tokens)
     except ValueError as error:

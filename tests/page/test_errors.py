@@ -121,3 +121,57 @@ def test_a_page_without_models_says_so_and_keeps_the_message(context, server):
     chat.box.press("Enter")
     expect(chat.answers.last).to_contain_text("d4-sft heard: hello")
     assert chat.problems == []
+
+
+def test_a_failed_answer_offers_only_what_helps(chat, server):
+    server.play(fails(500, "x"))
+    chat.say("hello")
+    expect(error(chat)).to_be_visible()
+    names = chat.answers.last.get_by_role("button").evaluate_all(
+        "buttons => buttons.map((b) => b.ariaLabel ?? b.textContent)"
+    )
+    assert names == ["Retry", "Delete"]
+
+
+def test_an_answer_without_a_word_is_said_to_be_one(chat, server):
+    server.play(says())
+    chat.say("hello")
+    expect(chat.answers.last).to_contain_text("ended its answer before the first word")
+    expect(chat.answers.last.locator(".stats")).to_have_count(0)
+    chat.button("Regenerate").click()
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("d4-sft heard: hello")
+
+
+def test_a_model_that_is_gone_is_replaced_by_the_chosen_one(chat, server):
+    chat.say("hello")
+    server.models = ["d8-sft"]
+    chat.page.reload()
+    expect(chat.page.locator("#model-name")).to_have_text("d8-sft")
+    chat.button("Regenerate").click()
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("d8-sft heard: hello")
+    server.play(fails(500, "x"))
+    chat.say("more")
+    server.models = ["d12-sft"]
+    chat.page.reload()
+    expect(chat.page.locator("#model-name")).to_have_text("d12-sft")
+    chat.button("Retry").click()
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("d12-sft heard: more")
+
+
+def test_an_edit_is_kept_while_there_is_no_model_to_ask(chat, server):
+    chat.say("hello")
+    server.models = []
+    chat.page.reload()
+    chat.messages.first.hover()
+    chat.button("Edit").click()
+    editor = chat.page.get_by_role("textbox", name="Edit your message")
+    editor.fill("other")
+    editor.press("Enter")
+    expect(chat.page.locator("#notices")).to_contain_text("has no model to ask")
+    expect(editor).to_have_value("other")
+    server.models = ["d4-sft"]
+    editor.press("Enter")
+    expect(chat.answers.last).to_contain_text("d4-sft heard: other")

@@ -99,12 +99,15 @@ def test_slash_commands_set_show_and_explain(chat, server):
         ("/topk 9", "Top-k is now 9."),
         ("/topk many", "Top-k is a whole number from 0 to 1000; got many."),
         ("/temperature 9", "from 0 to 2; got 9."),
-        ("/help", "Shift+Enter"),
+        ("/help", "Commands and keys"),
         ("/nonsense", "There is no /nonsense."),
     ]:
         chat.box.fill(line)
         chat.box.press("Enter")
         expect(notices).to_contain_text(answer)
+        expect(chat.button("Send")).to_be_disabled()
+    row = notices.locator("dt", has_text="Shift+Enter").first
+    expect(row.locator("xpath=following-sibling::dd[1]")).to_have_text("new line")
     assert server.requests == []
     chat.say("hello")
     assert server.requests[-1][1]["temperature"] == 0.3 and server.requests[-1][1]["top_k"] == 9
@@ -164,3 +167,20 @@ def test_an_api_key_is_sent_and_forgotten_with_the_tab(chat, context, server):
         chat.say("hello")
     assert request.value.headers["authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in chat.page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_escape_closes_what_is_open_before_it_stops_the_answer(chat, server):
+    chat.page.set_viewport_size({"width": 400, "height": 700})
+    server.play(says(*["word "] * 500, pause_s=0.02))
+    chat.say("hello", wait=False)
+    expect(chat.answers.last).to_contain_text("word")
+    chat.button("Conversations").click()
+    chat.page.keyboard.press("Escape")
+    expect(chat.button("Conversations")).to_be_focused()
+    chat.page.locator("#models summary").click()
+    chat.page.keyboard.press("Escape")
+    expect(chat.page.locator("#models fieldset")).to_be_hidden()
+    expect(chat.button("Stop")).to_be_visible()
+    chat.page.keyboard.press("Escape")
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("Stopped.")

@@ -45,6 +45,42 @@ def test_a_cut_at_every_byte_changes_nothing(chat, line_end):
     assert set(parse(chat, stream, range(len(stream) + 1))) == {whole}
 
 
+READ_ANSWER = """
+async ([encoded, cuts]) => {
+  const { streamAnswer } = await import("/page/api.js");
+  const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0));
+  const settings = { temperature: 1, topK: 0, topP: 1, maxTokens: null, seed: 0 };
+  const ask = { model: "m", messages: [], settings };
+  const original = window.fetch;
+  const results = [];
+  for (const cut of cuts) {
+    window.fetch = async () => new Response(new Blob([bytes.slice(0, cut)]).stream());
+    let [text, end] = ["", "complete"];
+    try {
+      for await (const piece of streamAnswer(ask)) text += piece.text ?? "";
+    } catch (error) {
+      end = error.kind ?? String(error);
+    }
+    results.push([text, end]);
+  }
+  window.fetch = original;
+  return results;
+}
+"""
+
+
+def test_a_stream_that_ends_at_any_byte_gives_the_text_so_far_and_says_so(chat):
+    stream = b"".join(chat_events(says(*TEXT)))
+    encoded = base64.b64encode(stream).decode()
+    cuts = list(range(len(stream) + 1))
+    results = chat.page.evaluate(READ_ANSWER, [encoded, cuts])
+    whole = "".join(TEXT)
+    prefixes = {"".join(TEXT[:count]) for count in range(len(TEXT) + 1)}
+    assert {text for text, _ in results} == prefixes
+    assert results[-1] == [whole, "complete"]
+    assert {end for _, end in results[:-1]} == {"broken"}
+
+
 def test_lines_of_one_event_are_joined_and_other_fields_ignored(chat):
     stream = (
         b"\xef\xbb\xbfdata: 0\n\nevent: x\ndata: a\nid: 1\ndata:b\nretry: 3\n\ndata\n\ndata: cut"
@@ -85,6 +121,43 @@ def test_an_answer_grows_while_it_comes(chat, server):
     assert early < len("word " * 30)
     chat.button("Stop").click()
     chat.wait_until_finished()
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("plain **bold", "p"),
+        ("a **bold** word", "p"),
+        ("a **bold**", "strong"),
+        ("- one\n- two", "li"),
+        ("- one\n\n- two", "p"),
+        ("1. one\n   - inner", "li"),
+        ("> quoted", "p"),
+        ("```python\nx = 1\n", "code"),
+        ("| a |\n|---|\n| b |", "td"),
+    ],
+)
+def test_the_cursor_stands_where_the_text_ends(chat, server, text, place):
+    server.play(says(text, *[""] * 500, pause_s=0.02))
+    chat.say("hello", wait=False)
+    tail = chat.answers.last.locator(f".prose {place}[data-tail]")
+    expect(tail).to_have_count(1)
+    expect(chat.answers.last.locator("[data-tail]")).to_have_count(1)
+    cursor = "tail => getComputedStyle(tail, '::after').content"
+    assert "▍" in tail.evaluate(cursor)
+    chat.page.keyboard.press("Escape")
+    chat.wait_until_finished()
+    assert "▍" not in tail.evaluate(cursor)
+
+
+def test_a_call_that_was_stopped_has_no_result(chat, server):
+    server.play(Reply([("python", "1+"), *[("python", "1")] * 500], pause_s=0.02))
+    chat.say("hello", wait=False)
+    output = chat.page.get_by_role("figure", name="Calculator").locator("output")
+    expect(output).to_have_text("…")
+    chat.page.keyboard.press("Escape")
+    chat.wait_until_finished()
+    expect(output).to_have_text("no result")
 
 
 def test_a_call_of_the_calculator_is_a_card(chat, server):

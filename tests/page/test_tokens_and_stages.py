@@ -4,6 +4,7 @@ import math
 
 from playwright.sync_api import expect
 
+from tests.page.conftest import Chat
 from tests.page.scripted_server import Reply, fails, says
 
 TOKENS = [
@@ -104,6 +105,8 @@ def test_all_stages_answer_one_question_side_by_side(chat, server):
     assert set(paths.values()) == {"/v1/chat/completions"}
     base = next(body for path, body in server.requests if path == "/v1/completions")
     assert base["prompt"] == "hello" and "messages" not in base
+    assert base["max_tokens"] == 128  # it never ends by itself, and the API's default is 16
+    expect(chat.page.locator("#model-name")).to_have_text("4 models")
     expect(columns.nth(0)).to_contain_text("… and so on, says base")
     boxes = [column.bounding_box() for column in columns.all()]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
@@ -145,3 +148,48 @@ def test_one_of_several_can_fail_and_be_tried_again(chat, server):
     chat.wait_until_finished()
     expect(chat.page.locator(".column")).to_have_count(2)
     expect(chat.answers.first).to_contain_text("2/2")
+
+
+def test_the_names_stay_in_sight_while_long_columns_are_read(chat, server):
+    choose_stages(chat, server, "mid", "sft")
+    chat.page.get_by_role("switch", name="Several, side by side").check()
+    for name in ("mid", "sft"):
+        chat.page.get_by_role("checkbox", name=name, exact=True).check()
+    chat.page.keyboard.press("Escape")
+    server.play(says("line\n\n" * 60), says("line\n\n" * 60))
+    chat.say("hello")
+    expect(chat.page.locator(".prose p")).to_have_count(120)
+    assert chat.page.evaluate("scroller.scrollTop") > 500
+    for name in chat.page.locator(".column .name").all():
+        expect(name).to_be_in_viewport()
+
+
+def test_a_line_end_has_a_sign_that_can_be_pointed_at(chat, server):
+    record_tokens(chat)
+    tokens = [("a", -0.1, []), ("\n\n", -0.5, [("\n\n", -0.5)]), ("b", -0.1, [])]
+    server.play(Reply([("text", text) for text, _, _ in tokens], tokens=tokens))
+    chat.say("hello")
+    chat.button("Token view").click()
+    end = chat.page.locator(".tokens .token").nth(1)
+    box = end.evaluate("span => span.getClientRects()[0].toJSON()")  # of its first line
+    chat.page.mouse.move(box["left"] + 5, box["top"] + box["height"] / 2)
+    expect(chat.page.get_by_role("tooltip").locator("code")).to_have_text("⏎⏎")
+    expect(end).to_have_text("\n\n", use_inner_text=False)  # the sign is no text
+
+
+def test_the_card_of_a_token_can_be_dismissed_and_opened_by_touch(browser, server):
+    context = browser.new_context(
+        base_url=server.url, viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True
+    )
+    context.add_init_script("localStorage.setItem('jaxchat.settings', '{\"tokenView\": true}')")
+    chat = Chat.open(context, server)
+    server.play(Reply([("text", text) for text, _, _ in TOKENS], tokens=TOKENS))
+    chat.say("hello")
+    chat.button("Token view").tap()
+    card = chat.page.get_by_role("tooltip")
+    chat.page.locator(".tokens .token").nth(1).tap()
+    expect(card).to_contain_text("␣odd")
+    chat.page.keyboard.press("Escape")
+    expect(card).to_be_hidden()
+    assert chat.problems == []
+    context.close()

@@ -5,6 +5,9 @@ import { readEvents } from "./sse.js";
 /** Alternatives asked for beside each token. */
 const TOP_LOGPROBS = 5;
 
+/** Of a base model, which never ends by itself; the completions API would take 16. */
+const BASE_MAX_TOKENS = 128;
+
 /** A failed request. `kind` decides what the page offers: see `ADVICE`. */
 export class ApiError extends Error {
   constructor(kind, message, { retryAfter = null } = {}) {
@@ -19,7 +22,7 @@ export const ADVICE = {
   broken: "The connection broke before the answer was complete.",
   busy: "The server has too much to do.",
   context: "The conversation is too long for this model.",
-  offline: "The server cannot be reached.",
+  offline: "The server cannot be reached. Is it still running?",
   request: "The server refused the request.",
   server: "The server failed.",
 };
@@ -98,6 +101,7 @@ function requestBody(model, messages, settings) {
   body.seed = settings.seed ?? Math.floor(Math.random() * 2 ** 31);
   if (stageOf(model) === "base") {
     if (settings.tokenView) body.logprobs = TOP_LOGPROBS;
+    body.max_tokens ??= BASE_MAX_TOKENS;
     return { ...body, prompt: plainText(messages.at(-1).content) };
   }
   if (settings.tokenView) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
@@ -137,7 +141,7 @@ async function send(path, options) {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("offline", error.message);
+    throw new ApiError("offline", `Nothing answers at ${location.host}.`);
   }
   if (response.ok) return response;
   const { message, code } = await errorOf(response);

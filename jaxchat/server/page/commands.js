@@ -21,25 +21,22 @@ const NUMBERS = { "/temperature": ["temperature", "Temperature"], "/topk": ["top
 /** Whether a line is a command and not a message: a known name, or a single word like one. */
 export const isCommand = (line) => /^\/[a-z]+(\s|$)/.test(line) && !line.includes("\n");
 
-/** Carry a command out. Returns what to tell the reader. */
+/** Carry a command out. Returns what to tell the reader: a text, and rows to look things up in. */
 export function runCommand(line, { settings, newChat }) {
   const [name, value] = line.trim().split(/\s+/, 2);
   if (name === "/clear") {
     newChat();
-    return "A new chat. The one before is in the list.";
+    return { text: "A new chat. The one before is in the list." };
   }
-  if (name === "/help") return helpText();
-  if (!(name in NUMBERS)) return `There is no ${name}.\n${helpText()}`;
+  const rows = [...COMMANDS, ...KEYS];
+  if (name === "/help") return { text: "Commands and keys", rows };
+  if (!(name in NUMBERS)) return { text: `There is no ${name}.`, rows };
   const [setting, label] = NUMBERS[name];
-  if (value === undefined) return `${label} is ${settings.values[setting]}.`;
+  if (value === undefined) return { text: `${label} is ${settings.values[setting]}.` };
   try {
     settings.set(setting, Number(value));
-    return `${label} is now ${settings.values[setting]}.`;
+    return { text: `${label} is now ${settings.values[setting]}.` };
   } catch (error) {
-    return `${error.message}; got ${value}.`;
+    return { text: `${error.message}; got ${value}.` };
   }
-}
-
-function helpText() {
-  return [...COMMANDS, ...KEYS].map(([what, does]) => `${what} — ${does}`).join("\n");
 }

@@ -9,9 +9,9 @@ const DRAFT_MS = 200;
 export class Composer {
   #draftTimer = null;
 
-  /** `announce(text)` tells the reader something; `loadModels()` asks for the models again. */
-  constructor(session, settings, thread, { announce, loadModels }) {
-    Object.assign(this, { session, settings, thread, announce, loadModels });
+  /** `notice(text, { rows })` tells the reader something. */
+  constructor(session, settings, thread, notice) {
+    Object.assign(this, { session, settings, thread, notice });
     this.box = byId("prompt");
     this.box.addEventListener("keydown", (event) => this.#key(event));
     this.box.addEventListener("input", () => this.#changed());
@@ -69,15 +69,14 @@ export class Composer {
     if (isCommand(text)) {
       this.#clear();
       const newChat = () => this.session.newChat();
-      this.announce(runCommand(text, { settings: this.settings, newChat }));
+      const { text: reply, rows } = runCommand(text, { settings: this.settings, newChat });
+      this.notice(reply, { rows });
       return;
     }
-    if (this.session.models.length === 0) {
-      await this.loadModels();
-      if (this.session.models.length === 0) this.announce("The server has no model to ask.");
-      else if (this.box.value.trim() === text) this.#send();
-      return;
-    }
+    const { conversation } = this.session;
+    if (!(await this.session.haveModels())) return;
+    const changed = this.box.value.trim() !== text || this.session.conversation !== conversation;
+    if (changed || this.session.streaming) return; // while the server was asked for its models
     this.#clear();
     this.session.ask(text);
     this.draftName = this.#nameOfDraft();
@@ -88,6 +87,7 @@ export class Composer {
     this.box.value = "";
     this.#keepDraft();
     this.#fit();
+    this.#drawButtons();
   }
 
   #stop() {

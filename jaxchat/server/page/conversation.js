@@ -108,13 +108,15 @@ export function remove(conversation, id) {
   return { messages, parent, index, active };
 }
 
-/** Put back what `remove` took. */
+/** Put back what `remove` took; false where what it hung on is gone too. */
 export function restore(conversation, { messages, parent, index, active }) {
+  if (!holder(conversation, parent) || conversation.messages[messages[0].id]) return false;
   for (const message of messages) conversation.messages[message.id] = message;
   const siblings = holder(conversation, parent);
   siblings.children.splice(index, 0, messages[0].id);
-  siblings.active = active;
+  siblings.active = Math.min(active, siblings.children.length - 1);
   conversation.updated = Date.now();
+  return true;
 }
 
 function subtree(conversation, id) {

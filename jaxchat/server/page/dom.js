@@ -78,8 +78,15 @@ export function focusPrompt() {
   if (!matchMedia("(pointer: coarse)").matches) byId("prompt").focus({ preventScroll: true });
 }
 
-/** Show for two seconds that a button did what it says. */
+/** Read something aloud, once. */
+export function announce(text) {
+  byId("announcer").textContent = "";
+  requestAnimationFrame(() => (byId("announcer").textContent = text));
+}
+
+/** Show for two seconds that a button did what it says, and say so. */
 export function confirmCopied(button) {
+  announce("Copied.");
   const mark = icon("done");
   button.firstElementChild.replaceWith(mark);
   button.classList.add("done");

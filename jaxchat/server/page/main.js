@@ -7,12 +7,13 @@ import { ADVICE, ApiError } from "./api.js";
 import { Composer } from "./composer.js";
 import { textOf } from "./conversation.js";
 import { Database } from "./database.js";
-import { byId, drawIcons, h, iconButton } from "./dom.js";
+import { announce, byId, drawIcons, h, iconButton } from "./dom.js";
 import { ModelPicker } from "./models.js";
 import { Session } from "./session.js";
 import { Settings, settingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { Thread } from "./thread.js";
+import { hideCard } from "./tokens.js";
 import { download, fileName, readFile, toJson, toMarkdown } from "./transfer.js";
 
 const NOTICE_MS = 12_000;
@@ -28,7 +29,8 @@ drawIcons(document);
 const dialog = settingsDialog(settings);
 const thread = new Thread(session);
 let loading = null;
-new Composer(session, settings, thread, { announce: (text) => notice(text), loadModels });
+session.loadModels = loadModels;
+new Composer(session, settings, thread, notice);
 const sidebar = new Sidebar(session, database);
 const picker = new ModelPicker(session, settings);
 
@@ -59,14 +61,17 @@ function drawTitle() {
 /** Open the conversation that the address names, or a new one. */
 async function openAddress() {
   const id = location.hash.slice(1);
-  if (!id || !(await session.open(id))) session.newChat();
+  if (id && (await session.open(id))) return;
+  // an address that names nothing must not stay in the way of the back button
+  if (id) history.replaceState(null, "", location.pathname);
+  session.newChat();
 }
 
 addEventListener("popstate", openAddress);
 
 // --- what is said to the reader -----------------------------------------------------------------
 
-session.addEventListener("notice", ({ detail }) => notice(detail.text, detail.undo));
+session.addEventListener("notice", ({ detail }) => notice(detail.text, detail));
 session.addEventListener("finish", ({ detail }) => announce(announcement(detail)));
 
 function announcement(answer) {
@@ -75,14 +80,8 @@ function announcement(answer) {
   return answer.status === "stopped" ? `Stopped. ${text}` : `Answer: ${text}`;
 }
 
-/** Read something aloud, once. */
-function announce(text) {
-  byId("announcer").textContent = "";
-  requestAnimationFrame(() => (byId("announcer").textContent = text));
-}
-
-/** A line above the message box that goes away by itself, unless the reader is at it. */
-function notice(text, undo = null) {
+/** A line above the message box that goes away by itself, unless the reader is at it. With `rows`, it stays. */
+function notice(text, { undo = null, rows = [] } = {}) {
   for (const shown of byId("notices").children) if (shown.dataset.text === text) shown.remove();
   const remove = () => {
     const hadFocus = element.contains(document.activeElement);
@@ -93,12 +92,14 @@ function notice(text, undo = null) {
     undo();
     remove();
   } }, "Undo");
+  const table = rows.length ? h("dl", { class: "notice-rows" },
+    ...rows.flatMap(([name, meaning]) => [h("dt", {}, name), h("dd", {}, meaning)])) : null;
   const element = h("div", { class: "notice", dataset: { text } }, h("p", {}, text), undoButton,
-    iconButton("close", "Dismiss", remove));
+    iconButton("close", "Dismiss", remove), table);
   byId("notices").append(element);
   announce(text);
   const expire = () => (element.matches(":hover, :focus-within") ? setTimeout(expire, NOTICE_MS) : remove());
-  setTimeout(expire, NOTICE_MS);
+  if (!table) setTimeout(expire, NOTICE_MS);
 }
 
 // --- menus, files, keys -------------------------------------------------------------------------
@@ -138,7 +139,7 @@ byId("import-file").addEventListener("change", async ({ target }) => {
 addEventListener("keydown", (event) => {
   const command = event.ctrlKey || event.metaKey;
   if (event.key === "Escape" && !dialog.open) {
-    if (closeMenus()) return;
+    if (hideCard() || closeMenus() || sidebar.closeDrawer()) return; // an answer that comes goes on
     session.stop();
   } else if (command && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();

@@ -69,6 +69,7 @@ function remember(text, html) {
 export class Prose {
   #wanted = null;
   #busy = false;
+  #tail = null;
 
   constructor() {
     this.element = h("div", { class: "prose" });
@@ -85,8 +86,11 @@ export class Prose {
       if (shown && !this.element.hasChildNodes()) showPlain(this.element, shown);
       const start = performance.now();
       const html = await toHtml(shown);
+      if (this.#tail) delete this.#tail.dataset.tail;
       if (html === null) showPlain(this.element, shown);
       else patch(this.element, html);
+      this.#tail = tailOf(this.element);
+      this.#tail.dataset.tail = "";
       const took = performance.now() - start;
       if (shown !== this.#wanted) await sleep(Math.max(PAUSE_MS, PAUSE_SHARE * took));
     }
@@ -116,6 +120,13 @@ function patch(element, html) {
     else if (!shown.isEqualNode(block)) shown.replaceWith(block);
   });
   while (element.children.length > blocks.length) element.lastElementChild.remove();
+}
+
+/** The element that ends where the text ends: the cursor of an answer that grows stands there. */
+function tailOf(element) {
+  if (element.matches("code")) return element; // a line end in code counts
+  const nodes = [...element.childNodes].filter((node) => node.nodeType !== Node.TEXT_NODE || node.data.trim());
+  return nodes.at(-1) instanceof HTMLElement && !nodes.at(-1).matches("br, hr") ? tailOf(nodes.at(-1)) : element;
 }
 
 /** The line above code: its language and a button to copy it (thread.js hears the click). */

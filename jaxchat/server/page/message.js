@@ -54,7 +54,7 @@ export class MessageView {
 
   /** Text and cards of tool calls, in order; what is already drawn is only brought up to date. */
   #drawParts() {
-    const blocks = blocksOf(this.message.parts);
+    const blocks = blocksOf(this.message);
     if (blocks.length === 0) blocks.push({ type: "text", text: "" });
     if (this.#parts.length === 0) this.body.replaceChildren();
     blocks.forEach((block, index) => {
@@ -75,6 +75,7 @@ export class MessageView {
     const lines = [];
     if (message.status === "failed") lines.push(drawError(message, session));
     if (message.status === "stopped") lines.push(h("p", { class: "note" }, "Stopped."));
+    if (isEmpty(message)) lines.push(h("p", { class: "note" }, "The model ended its answer before the first word."));
     if (FINISHES[message.finish]) lines.push(h("p", { class: "note" }, FINISHES[message.finish]));
     if (message.role === "assistant" && message.status !== "streaming" && message.stats) {
       lines.push(drawStats(message));
@@ -86,12 +87,12 @@ export class MessageView {
     const { message, session } = this;
     this.actions.hidden = message.status === "streaming" || this.#editor !== null;
     const focused = this.actions.contains(document.activeElement) ? document.activeElement.ariaLabel : null;
-    const buttons = [
-      ...this.#versionButtons(conversation),
-      iconButton("copy", "Copy", () => {}, { dataset: { action: "copy" } }),
-    ];
+    const buttons = [...this.#versionButtons(conversation)];
+    if (textOf(message)) buttons.push(iconButton("copy", "Copy", () => {}, { dataset: { action: "copy" } }));
     if (message.role === "user") buttons.push(iconButton("edit", "Edit", () => this.startEditing()));
-    else buttons.push(iconButton("retry", "Regenerate", () => leave(() => session.regenerate(message.id))));
+    else if (message.status !== "failed") { // there the error has a button for it
+      buttons.push(iconButton("retry", "Regenerate", () => leave(() => session.regenerate(message.id))));
+    }
     if (message.tokens?.length) buttons.push(this.#tokenButton());
     buttons.push(iconButton("trash", "Delete", () => leave(() => session.deleteMessage(message.id))));
     this.actions.replaceChildren(...buttons);
@@ -134,8 +135,9 @@ export class MessageView {
       this.drawBody();
       this.actions.hidden = false;
     };
-    const save = () => {
+    const save = async () => {
       const text = box.value.trim();
+      if (text && !(await this.session.haveModels())) return; // what was written stays
       end();
       if (text) this.session.edit(this.message.id, text);
       focusPrompt();
@@ -163,6 +165,8 @@ export class MessageView {
     box.setSelectionRange(box.value.length, box.value.length);
   }
 }
+
+const isEmpty = ({ role, status, parts }) => role === "assistant" && !status && parts.length === 0;
 
 /** Do what makes the button go away that was pressed. */
 function leave(action) {
@@ -202,16 +206,16 @@ class ToolPart {
 
   show({ call, result }) {
     this.#call.textContent = call;
-    this.#result.textContent = result ?? "…";
-    this.element.classList.toggle("pending", result === null);
+    this.#result.textContent = result;
   }
 }
 
 /** Parts as they are shown: a call and the output that follows it are one card. */
-function blocksOf(parts) {
+function blocksOf({ parts, status }) {
   const blocks = [];
+  const noResult = status === "streaming" ? "…" : "no result";
   for (const { type, text } of parts) {
-    if (type === "python") blocks.push({ type: "tool", call: text, result: null });
+    if (type === "python") blocks.push({ type: "tool", call: text, result: noResult });
     else if (type === "python_output" && blocks.at(-1)?.type === "tool") blocks.at(-1).result = text;
     else blocks.push({ type: "text", text });
   }
@@ -222,24 +226,25 @@ function drawStats({ stats, model, group }) {
   const { tokens, totalMs, firstMs } = stats;
   const speed = totalMs ? `${((1000 * tokens) / totalMs).toFixed(1)} tokens/s` : null;
   const count = `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
-  const facts = [group ? null : model, count, speed, `first after ${Math.round(firstMs)} ms`];
+  const facts = [group ? null : model, count, speed, `first after ${Math.round(firstMs)} ms`].filter(Boolean);
   return h("p", { class: "stats", title: "Tokens divided by the time from sending to the last one" },
-    facts.filter(Boolean).join(" · "));
+    ...facts.flatMap((fact, index) => [index ? " · " : "", h("span", {}, fact)]));
 }
 
 function drawError({ id, error }, session) {
   const wait = error.retryAfter ? ` It asks to wait ${error.retryAfter} s.` : "";
-  const buttons = [retryButton("Retry", () => leave(() => session.retry(id)))];
+  const buttons = [];
   if (error.kind === "context" && error.turns > 0) {
     const dropTurns = Math.ceil(error.turns / 2);
     const label = `Retry without the first ${dropTurns === 1 ? "turn" : `${dropTurns} turns`}`;
-    buttons.unshift(retryButton(label, () => leave(() => session.retry(id, { dropTurns }))));
+    buttons.push(retryButton("solid-button", label, () => leave(() => session.retry(id, { dropTurns }))));
   }
+  const look = buttons.length ? "text-button" : "solid-button"; // what helps stands out
+  buttons.push(retryButton(look, "Retry", () => leave(() => session.retry(id))));
   return h("div", { class: "error", role: "group", aria: { label: "Error" } },
     h("p", {}, `${ADVICE[error.kind] ?? ADVICE.server}${wait}`),
     h("p", { class: "error-detail" }, error.message),
     h("div", { class: "error-foot" }, ...buttons));
 }
 
-const retryButton = (text, onclick) =>
-  h("button", { class: "solid-button", type: "button", onclick }, icon("retry"), text);
+const retryButton = (look, text, onclick) => h("button", { class: look, type: "button", onclick }, icon("retry"), text);

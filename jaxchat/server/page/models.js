@@ -20,6 +20,7 @@ export class ModelPicker {
   async load() {
     this.#models = await listModels(this.settings.values.apiKey);
     const ids = this.#models.map(({ id }) => id);
+    this.session.available = ids;
     const before = (small.get("models") ?? []).filter((id) => ids.includes(id));
     const preferred = this.#models.findLast(({ stage }) => stage === "sft") ?? this.#models.at(-1);
     this.#choose(before.length ? before : preferred ? [preferred.id] : []);
@@ -32,7 +33,8 @@ export class ModelPicker {
   #choose(ids) {
     this.session.models = ids;
     small.set("models", ids);
-    byId("model-name").textContent = ids.join(" + ");
+    byId("model-name").textContent = ids.length > 1 ? `${ids.length} models` : ids.join("");
+    byId("models").title = ids.join(", ");
   }
 
   #draw() {

@@ -22,7 +22,10 @@ export class Session extends EventTarget {
 
   constructor(database, settings) {
     super();
-    Object.assign(this, { database, settings, models: [], conversation: tree.newConversation() });
+    // models: those that answer; available: all that the server has, as loadModels() found them
+    Object.assign(this, { database, settings, models: [], available: [], loadModels: async () => {} });
+    this.conversation = tree.newConversation();
+    database.addEventListener("change", ({ detail }) => this.#changedElsewhere(detail));
     addEventListener("pagehide", () => this.saveAll());
     document.addEventListener("visibilitychange", () => document.hidden && this.saveAll());
   }
@@ -45,6 +48,16 @@ export class Session extends EventTarget {
     this.conversation = conversation;
     this.#emit("open");
     return true;
+  }
+
+  /** Another tab has stored the open conversation: go on from what it has, once it is complete. */
+  async #changedElsewhere(id) {
+    if (id !== this.conversation.id || this.#working.has(id)) return;
+    const stored = await this.database.get(id);
+    if (!stored || id !== this.conversation.id || this.#working.has(id)) return;
+    if (Object.values(stored.messages).some(({ status }) => status === "streaming")) return;
+    this.conversation = stored;
+    this.#emit("change");
   }
 
   async rename(id, title) {
@@ -77,6 +90,13 @@ export class Session extends EventTarget {
 
   // --- what is said ---------------------------------------------------------------------------
 
+  /** Whether there is anyone to ask; the server is asked again, and the reader told. */
+  async haveModels() {
+    if (this.models.length === 0) await this.loadModels();
+    if (this.models.length === 0) this.#notice("The server has no model to ask.");
+    return this.models.length > 0;
+  }
+
   ask(text) {
     const last = tree.path(this.conversation).at(-1);
     this.#askAfter(last?.id ?? null, text);
@@ -93,19 +113,27 @@ export class Session extends EventTarget {
   }
 
   /** Another answer to the same question, from the models that gave this one. */
-  regenerate(id) {
+  async regenerate(id) {
     const { conversation } = this;
+    if (!(await this.haveModels()) || !conversation.messages[id]) return;
     const group = tree.versions(conversation, id)[tree.versionIndex(conversation, id)];
-    const known = group.map(({ model }) => model).filter(Boolean);
-    this.#answer(conversation.messages[id].parent, known.length ? known : this.models);
+    this.#answer(conversation.messages[id].parent, this.#stillThere(group), { conversation });
+  }
+
+  /** The models of some answers, or where the server has none of them any more, those chosen now. */
+  #stillThere(answers) {
+    const known = answers.map(({ model }) => model).filter((model) => this.available.includes(model));
+    return known.length ? known : this.models;
   }
 
   /** After a failure: the same again, in the place of an answer that is empty. */
-  retry(id, { dropTurns = 0 } = {}) {
+  async retry(id, { dropTurns = 0 } = {}) {
     const { conversation } = this;
+    if (!(await this.haveModels()) || !conversation.messages[id]) return;
     const { parent, parts, model, group } = conversation.messages[id];
     if (parts.length === 0) tree.remove(conversation, id);
-    this.#answer(parent, [model], { dropTurns, group });
+    const models = this.#stillThere([{ model }]).slice(0, group ? 1 : undefined);
+    this.#answer(parent, models, { conversation, dropTurns, group });
   }
 
   deleteMessage(id) {
@@ -113,9 +141,9 @@ export class Session extends EventTarget {
     const removed = tree.remove(conversation, id);
     for (const message of removed.messages) this.stopMessage(message.id);
     this.#changed(conversation);
-    this.#notice("Deleted the message and what followed it.", () => {
-      tree.restore(conversation, removed);
-      this.#changed(conversation);
+    this.#notice("Deleted the message and what followed it.", async () => {
+      const now = await this.#load(conversation.id); // it may have been opened anew since
+      if (now && tree.restore(now, removed)) this.#changed(now);
     });
   }
 
@@ -150,8 +178,7 @@ export class Session extends EventTarget {
       : [message];
   }
 
-  #answer(parent, models, { dropTurns = 0, group = models.length > 1 ? tree.newId() : undefined } = {}) {
-    const { conversation } = this;
+  #answer(parent, models, { conversation = this.conversation, dropTurns = 0, group = groupFor(models) } = {}) {
     const answers = models.map((model) =>
       tree.add(conversation, parent, tree.newMessage("assistant", "", { model, group, status: "streaming" })),
     );
@@ -174,7 +201,7 @@ export class Session extends EventTarget {
       for await (const { part, text, tokens, finish, usage } of stream) {
         if (finish) {
           answer.finish = finish;
-          if (usage) answer.stats = { ...answer.stats, tokens: usage.completion_tokens };
+          if (usage && answer.stats) answer.stats.tokens = usage.completion_tokens;
         } else {
           this.#grow(conversation, answer, { part, text, tokens }, start);
         }
@@ -254,3 +281,6 @@ export class Session extends EventTarget {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 }
+
+/** Answers of several models are one alternative. */
+const groupFor = (models) => (models.length > 1 ? tree.newId() : undefined);

@@ -12,7 +12,7 @@ const FIELDS = {
   topP: { label: "Top-p", initial: 1, min: 0.01, max: 1, step: 0.01, slider: true,
     hint: "The most likely tokens that together have this probability." },
   maxTokens: { label: "Longest answer", initial: null, min: 1, max: 32768, step: 1, empty: null,
-    hint: "In tokens; empty for as many as the model's context holds." },
+    hint: "In tokens; empty for as many as the context holds, or 128 of a base model." },
   seed: { label: "Seed", initial: null, min: 0, max: 2 ** 31 - 1, step: 1, empty: null,
     hint: "Empty for another one each time." },
   tokenView: { label: "Record token probabilities", initial: false, toggle: true,

@@ -87,7 +87,6 @@ export class Sidebar {
     byId("open-sidebar").addEventListener("click", () => this.#openDrawer());
     byId("close-sidebar").addEventListener("click", () => this.closeDrawer());
     byId("backdrop").addEventListener("click", () => this.closeDrawer());
-    byId("sidebar").addEventListener("keydown", ({ key }) => key === "Escape" && this.closeDrawer());
     this.closeDrawer();
   }
 
@@ -96,10 +95,12 @@ export class Sidebar {
     byId("close-sidebar").focus();
   }
 
+  /** Whether it was open. */
   closeDrawer() {
     const wasOpen = document.body.classList.contains("drawer-open");
     this.#setDrawer(false);
     if (wasOpen) byId("open-sidebar").focus();
+    return wasOpen;
   }
 
   #setDrawer(open) {

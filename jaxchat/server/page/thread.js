@@ -140,7 +140,11 @@ export class Thread {
       byId("prompt").focus();
     });
     new ResizeObserver(() => this.#followSoon()).observe(this.element);
-    new ResizeObserver(() => this.#followSoon()).observe(scroller);
+    new ResizeObserver(() => {
+      const bar = (scroller.offsetWidth - scroller.clientWidth) / 2;
+      document.documentElement.style.setProperty("--bar", `${bar}px`);
+      this.#followSoon();
+    }).observe(scroller);
   }
 
   #followSoon() {
@@ -177,9 +181,11 @@ export class Thread {
 
 /** The clipboard, or where the page is not served from localhost or by https an old way into it. */
 async function copy(text) {
-  if (navigator.clipboard) {
+  try {
     await navigator.clipboard.writeText(text);
     return;
+  } catch {
+    // not there, or not allowed
   }
   const box = h("textarea", { class: "visually-hidden", value: text });
   document.body.append(box);

@@ -15,7 +15,8 @@ export const tokensShown = (message) => Boolean(message.tokens?.length);
 export function drawTokens(tokens) {
   const spans = tokens.map(([text, logprob], index) => {
     const label = logprob === null ? `${visible(text)}, by the tool` : `${visible(text)}, ${percent(logprob)}`;
-    return h("span", { class: `token ${tint(logprob)}`, role: "img", dataset: { index }, tabIndex: index ? -1 : 0,
+    const ends = text.endsWith("\n") ? "line-end" : ""; // it gets a sign, to have something to point at
+    return h("span", { class: `token ${tint(logprob)} ${ends}`, role: "img", dataset: { index }, tabIndex: index ? -1 : 0,
       aria: { label } }, text);
   });
   const box = h("div", { class: "tokens", role: "group", aria: { label: "Tokens; arrow keys move" } }, ...spans);
@@ -58,8 +59,12 @@ function showCard(span, [text, logprob, alternatives]) {
   card.style.left = `${Math.max(8, Math.min(at.left, innerWidth - card.offsetWidth - 8))}px`;
 }
 
+/** Whether there was a card to hide. */
 export function hideCard() {
-  byId("token-card").hidden = true;
+  const card = byId("token-card");
+  const shown = !card.hidden;
+  card.hidden = true;
+  return shown;
 }
 
 function drawRow(text, logprob, chosen) {

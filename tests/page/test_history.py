@@ -1,0 +1,76 @@
+"""What other tabs did, what is brought back, where the back button leads."""
+
+from playwright.sync_api import expect
+
+from tests.page.conftest import Chat
+from tests.page.scripted_server import says
+from tests.page.test_chat import texts_equal
+
+
+def test_an_open_conversation_goes_on_from_what_another_tab_added(chat, context, server):
+    chat.say("one")
+    other = Chat.open(context, server, path=f"/{chat.page.url.rsplit('/', 1)[1]}")
+    texts_equal(other, "one", "d4-sft heard: one")
+    chat.say("two")
+    texts_equal(other, "one", "d4-sft heard: one", "two", "d4-sft heard: two")
+    other.say("three")  # and neither overwrites the other
+    texts = ["one", "d4-sft heard: one", "two", "d4-sft heard: two", "three", "d4-sft heard: three"]
+    texts_equal(chat, *texts)
+    chat.page.reload()
+    texts_equal(chat, *texts)
+
+
+def test_undo_works_after_other_conversations_were_open(chat):
+    chat.say("a")
+    chat.say("b")
+    chat.messages.nth(2).hover()
+    chat.messages.nth(2).get_by_role("button", name="Delete").click()
+    chat.button("New chat").click()
+    chat.page.get_by_role("link", name="a", exact=True).click()
+    texts_equal(chat, "a", "d4-sft heard: a")
+    chat.button("Undo").click()
+    texts_equal(chat, "a", "d4-sft heard: a", "b", "d4-sft heard: b")
+    chat.page.reload()
+    texts_equal(chat, "a", "d4-sft heard: a", "b", "d4-sft heard: b")
+
+
+def test_undo_of_what_hung_on_a_deleted_message_changes_nothing(chat):
+    chat.say("a")
+    chat.say("b")
+    for index in (2, 0):
+        chat.messages.nth(index).hover()
+        chat.messages.nth(index).get_by_role("button", name="Delete").click()
+        chat.page.evaluate("document.querySelector('.notice').dataset.text += ' '")  # keep both
+    chat.button("Undo").first.click()
+    expect(chat.messages).to_have_count(0)
+    chat.button("Undo").click()
+    texts_equal(chat, "a", "d4-sft heard: a")
+
+
+def test_an_address_without_a_conversation_does_not_catch_the_back_button(chat, server):
+    chat.say("one")
+    first = chat.page.url
+    chat.page.goto(f"{server.url}/#gone")
+    expect(chat.page.locator("h1")).to_have_text("New chat")
+    assert "#" not in chat.page.url
+    chat.page.go_back()
+    expect(chat.page.locator("h1")).to_have_text("one")
+    assert chat.page.url == first
+
+
+def test_messages_can_be_copied_where_the_browser_offers_no_clipboard(context, server):
+    """As at an address in a local network, which has no https."""
+    context.add_init_script(
+        "Object.defineProperty(navigator, 'clipboard', { get: () => undefined });"
+        "delete Crypto.prototype.randomUUID;"
+    )
+    chat = Chat.open(context, server)
+    server.play(says("to be *copied*"))
+    chat.say("hello")
+    chat.button("Copy").last.click()
+    expect(chat.page.locator(".done")).to_be_visible()
+    expect(chat.page.locator("#announcer")).to_have_text("Copied.")
+    chat.box.focus()
+    chat.page.keyboard.press("Control+v")
+    expect(chat.box).to_have_value("to be *copied*")
+    assert chat.problems == []
