@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_ref.gpt import wide_product
+from torch_ref.gpt import product
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at the same time (1024 x 32768 float32 is 128 MiB, for 8 GB Macs)."""
@@ -96,7 +96,7 @@ def _capped_logits(
     h: Float[Tensor, "n D"], matrix: Float[Tensor, "V D"], softcap: float
 ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"]]:
     """Soft-capped float32 logits and the derivative of the cap."""
-    squashed = wide_product(h, matrix).div_(softcap).tanh_()
+    squashed = product(h, matrix, torch.float32).div_(softcap).tanh_()
     return softcap * squashed, 1 - squashed * squashed
 
 
