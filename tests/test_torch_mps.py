@@ -87,6 +87,27 @@ def test_the_whole_backend_keeps_to_what_mps_can_do(preset, tmp_path, monkeypatc
         np.testing.assert_allclose(mine, theirs, atol=0.02)
 
 
+def test_evaluation_needs_the_memory_of_8192_tokens_however_many_there_are(monkeypatch):
+    """So that a Mac of 8 GB which could train the model can also evaluate it."""
+    ids = np.random.default_rng(0).integers(0, 300, (64, 256), dtype=np.int32)
+    largest = []
+    for rows in (32, 64):  # 8,192 tokens, and twice as many
+        with virtual_mps(monkeypatch) as rules:
+            backend = TorchBackend(replace(MODERN, n_layer=1))
+            backend.init(0)
+            scores = backend.score(ids[:rows], ids[:rows])
+            backend.logits(ids[:rows], np.zeros(rows, np.int32))
+        assert scores.nll.shape == (rows, 256)
+        largest.append(rules.largest_bytes)
+    assert largest[0] == largest[1]
+
+
+def test_several_processes_on_the_one_gpu_of_a_mac_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with virtual_mps(monkeypatch), pytest.raises(ValueError, match="run without torchrun"):
+        TorchBackend(MODERN)
+
+
 def test_what_mps_cannot_do_is_noticed(monkeypatch):
     """The pretended device refuses what the real one would refuse or hand to the CPU."""
     with virtual_mps(monkeypatch):
