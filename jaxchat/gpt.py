@@ -61,16 +61,17 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), jnp.float32))
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        return _product(x, self.weight[...].astype(x.dtype), x.dtype)
+        return product(x, self.weight[...].astype(x.dtype), x.dtype)
 
     def wide(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """The same product, not rounded to the dtype of x: a float32 result."""
-        return _product(x, self.weight[...].astype(x.dtype), jnp.float32)
+        return product(x, self.weight[...].astype(x.dtype), jnp.float32)
 
 
-def _product(
+def product(
     x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: DTypeLike
 ) -> Float[Array, "*B O"]:
+    """x W^T, rounded to `dtype`."""
     if math.prod(x.shape[:-1]) <= FEW_ROWS and jax.default_backend() == "cpu":
         return _few_rows(x, weight, dtype)
     return jnp.matmul(x, weight.T, preferred_element_type=dtype)
@@ -82,7 +83,7 @@ def _few_rows(
     """x W^T as (W x^T)^T, for decoding on a CPU: the barrier keeps XLA from swapping it back.
 
     Reads W at memory speed where the plain product does not: 27 GB/s against 11 for 8 rows of 768
-    (2 cores, jax 0.10).
+    (2 cores, jax 0.10). PyTorch's kernels choose by themselves, so torch_ref has no such trick.
     """
     columns = x.reshape(-1, x.shape[-1]).T  # (I, rows)
     product = jnp.matmul(weight, columns, preferred_element_type=dtype)

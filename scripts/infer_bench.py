@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -52,7 +52,10 @@ class Config:
     """Context of a fresh model."""
     aspect_ratio: int = 64
     """Width per layer of a fresh model."""
-    backends: tuple[Literal["jax", "torch"], ...] = ("jax", "torch")
+    backends: Annotated[tuple[Literal["jax", "torch"], ...], cli.arg(aliases=["--backend"])] = (
+        "jax",
+        "torch",
+    )
     """Frameworks to compare; ratios are against the last one."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Requests that are answered at the same time."""

@@ -175,12 +175,62 @@ def test_what_is_wrong_is_told_and_nothing_is_written(
     assert not (tmp_path / "base").exists() or everything(tmp_path / "base") == []
 
 
-def test_a_truncated_safetensors_file_is_told(foreign, tokenizer, config, base_dir):
+def damage_hugging_face(folder, case):
+    """Make the folder wrong in one way; returns what the error must tell."""
+    path, described = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors = read_safetensors(folder)
+    match case:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-100])
+            return r"model\.safetensors is damaged"
+        case "no weights":
+            path.unlink()
+            return r"no model\.safetensors"
+        case "missing, extra and misshapen tensors":
+            del tensors["lm_head.weight"]
+            tensors["model.norm.weight"] = np.zeros(3, np.float32)
+            wte = "wte.weight" if "wte.weight" in tensors else "model.embed_tokens.weight"
+            tensors[wte] = tensors[wte][:7]
+            told = r"missing lm_head(.|\n)*unexpected model\.norm(.|\n)*wte\.weight has shape \(7"
+        case "other architecture":
+            described["model_type"] = "llama"
+            told = "model_type is 'llama'"
+        case "damaged config":
+            (folder / "config.json").write_text("{")
+            return r"config\.json is damaged"
+        case "other vocabulary":
+            other = Tokenizer.train(TEXTS, vocab_size=280)
+            (folder / "tokenizer.json").write_text(json.dumps(other.to_hugging_face()))
+            told = "the tokenizer has 280 tokens, the model 290"
+        case "no tokenizer":
+            (folder / "tokenizer.json").unlink()
+            told = "no tokenizer found at .*--tokenizer"
+    write_safetensors(path, tensors)
+    (folder / "config.json").write_text(json.dumps(described))
+    return told
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "truncated",
+        "no weights",
+        "missing, extra and misshapen tensors",
+        "other architecture",
+        "damaged config",
+        "other vocabulary",
+        "no tokenizer",
+    ],
+)
+def test_what_is_wrong_with_a_hugging_face_folder_is_told_and_nothing_is_written(
+    case, foreign, tokenizer, config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
     as_hugging_face(foreign, config, tokenizer)
-    path = foreign / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+    told = damage_hugging_face(foreign, case)
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
         main(Config(foreign, "hf", backend="torch"))
+    assert not (tmp_path / "base").exists() or everything(tmp_path / "base") == []
 
 
 def test_models_that_are_there_are_left_alone(foreign, tokenizer, config, base_dir):
@@ -231,6 +281,52 @@ class Malicious:
 
     def __reduce__(self):
         return (os.system, (f"touch {self.marker}",))
+
+
+def asks_for(module, name):
+    """A pickle, written by hand, that calls `module.name` with the path that follows."""
+    call = b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+    return lambda path: call + b"(V" + str(path).encode() + b"\ntR."
+
+
+ATTACKS = {
+    "a command": asks_for("os", "system"),
+    "code": asks_for("builtins", "eval"),
+    "an import": asks_for("importlib", "import_module"),
+    "a way around": asks_for("copyreg", "_reconstructor"),
+    "another name of the module": asks_for("tiktoken.core", "functools"),
+    "a name behind the class": lambda path: (
+        b"\x80\x04\x8c\x0dtiktoken.core\x8c\x11Encoding.__init__\x93\x8c\x01xR."
+    ),
+    "an extension": lambda path: b"\x80\x02\x82\x01.",
+    "an object of the outside": lambda path: b"Poutside\n.",
+    "the class with arguments": lambda path: b"ctiktoken.core\nEncoding\n(Vx\ntR.",
+    "a class as the class's state": lambda path: b"ctiktoken.core\nEncoding\n(tRcos\nsystem\nb.",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_pickle_gets_nothing(attack, tmp_path):
+    path, marker = tmp_path / "tokenizer.pkl", tmp_path / "owned"
+    path.write_bytes(ATTACKS[attack](f"touch {marker}"))
+    with pytest.raises(ValueError, match=r"tokenizer\.pkl is no pickled tiktoken Encoding"):
+        read_pickled_tokenizer(path)
+    assert not marker.exists()
+
+
+def test_a_plain_unpickler_would_have_run_it(tmp_path):
+    """The attack is real; ours is what keeps it from happening."""
+    marker = tmp_path / "owned"
+    pickle.loads(ATTACKS["a command"](f"touch {marker}"))
+    assert marker.exists()
+
+
+def test_a_hostile_model_file_gets_nothing(foreign, tokenizer, config, base_dir):
+    as_nanochat(foreign, config, tokenizer)
+    torch.save({"lm_head.weight": Malicious(base_dir / "owned")}, foreign / "model_000007.pt")
+    with pytest.raises(ValueError, match=r"model_000007\.pt is damaged or not a checkpoint"):
+        main(Config(foreign, "nanochat", backend="torch"))
+    assert everything(base_dir) == []
 
 
 def test_nothing_in_a_pickle_is_executed(tmp_path):

@@ -389,6 +389,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype):
     for name, x in straight.get_params().items():
         np.testing.assert_array_equal(resumed.get_params()[name], x)
     assert [p.name for p in tmp_path.iterdir()] == ["step"]
+    if dtype == "float16":  # and its loss scale will grow when the other's does
+        assert resumed._loss_scale.good_steps == straight._loss_scale.good_steps == 4
+        assert resumed._loss_scale.value == straight._loss_scale.value
 
 
 def test_weights_load_without_optimizer_state(tmp_path):

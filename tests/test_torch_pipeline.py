@@ -1,11 +1,17 @@
 """Every script on `--backend torch`: a toy is trained, scored, evaluated and talked to."""
 
+import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -14,16 +20,33 @@ from jaxchat.checkpoint import CheckpointStore
 from jaxchat.report import Report
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
-from scripts import base_eval, base_loss, base_train, chat_cli
+from scripts import (
+    base_eval,
+    base_loss,
+    base_train,
+    chat_cli,
+    chat_eval,
+    chat_rl,
+    chat_sft,
+    chat_web,
+    infer_bench,
+    mid_train,
+)
 
 ROOT = Path(__file__).parents[1]
 WORDS = "the a model reads writes token step loss of and learns from every"
 STEPS = 4
 OPTIONS = (
-    "--depth 2 --aspect-ratio 16 --head-dim 16 --sequence-len 64 --device-batch-size 2 "
-    f"--total-batch-size 1024 --num-iterations {STEPS} --eval-every 4 --eval-tokens 256 "
+    "--depth 2 --aspect-ratio 16 --head-dim 16 --sequence-len 256 --device-batch-size 2 "
+    f"--total-batch-size 1024 --num-iterations {STEPS} --eval-every 4 --eval-tokens 512 "
     "--save-every 2 --sample-every 100 --keep-checkpoints 5 --model-tag tiny"
-).split()
+)
+
+TORCH = "--backend torch -g tiny"
+
+LESSON = "--data offline --num-iterations 2 --eval-tokens 512"
+
+ROLLOUTS = "--questions 2 --samples 2 --max-tokens 8 --device-batch-size 2 --slots 2"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +72,12 @@ def here(world, monkeypatch):
     return world
 
 
-def run(script, *words):
-    script.main(cli.parse(script.Config, list(words)))
+def run(script, command):
+    script.main(cli.parse(script.Config, command.split()))
 
 
-def train(base, backend, *words):
-    run(base_train, *OPTIONS, "--corpus", str(base / "text"), "--backend", backend, *words)
+def train(base, backend):
+    run(base_train, f"{OPTIONS} --corpus {base / 'text'} --backend {backend}")
 
 
 def losses(base):
@@ -70,23 +93,86 @@ def trained(here):
     return here
 
 
-def test_the_pipeline_runs(trained, capsys):
+@pytest.fixture
+def finetuned(trained):
+    """After `mid_train` and `chat_sft` too."""
+    if not (trained / "chatsft_checkpoints/tiny").exists():
+        run(mid_train, f"{LESSON} {TORCH}")
+        run(chat_sft, f"{LESSON} {TORCH}")
+    return trained
+
+
+def stages(base):
+    return {section.stage for section in Report(base).sections()}
+
+
+def test_pretraining_and_its_evaluations_run(trained, capsys):
     store = CheckpointStore(trained / "base_checkpoints/tiny")
     assert store.steps() == [2, STEPS]
     assert store.read_meta(STEPS)["backend"] == "torch"
     assert sorted(losses(trained)) == list(range(1, STEPS + 1))
-    options = ("--backend", "torch", "-g", "tiny")
-    run(base_loss, "--corpus", str(trained / "text"), "--split-tokens", "1024", *options)
+    run(base_loss, f"--corpus {trained / 'text'} --split-tokens 1024 {TORCH}")
     assert "val: " in capsys.readouterr().out
-    run(base_eval, "--max-per-task", "4", *options)
+    run(base_eval, f"--max-per-task 4 {TORCH}")
     assert "embedded tasks, not CORE" in capsys.readouterr().out
-    run(chat_cli, "-i", "base", "-p", "the model", "--max-tokens", "8", *options)
+    run(chat_cli, f"-i base -p model --max-tokens 8 {TORCH}")
     assert capsys.readouterr().out.strip()
-    assert {section.stage for section in Report(trained).sections()} == {
-        "base_train",
-        "base_loss",
-        "base_eval",
-    }
+    assert stages(trained) >= {"base_train", "base_loss", "base_eval"}
+
+
+def test_the_chat_stages_run(finetuned, capsys):
+    """Both finetunings, reinforcement learning, tasks of both kinds, and a reply."""
+    for folder in ("mid", "chatsft"):
+        store = CheckpointStore(finetuned / f"{folder}_checkpoints/tiny")
+        assert store.read_meta(2)["backend"] == "torch"
+    judged = "--eval-questions 2 --eval-samples 2"
+    run(chat_rl, f"--data offline --num-iterations 2 {ROLLOUTS} {judged} {TORCH}")
+    assert "pass@1" in capsys.readouterr().out
+    run(chat_eval, f"-i rl -a Arithmetic|Documentation -x 2 {TORCH}")
+    assert "Documentation" in capsys.readouterr().out
+    run(chat_cli, f"-p Hello --max-tokens 8 {TORCH}")
+    assert stages(finetuned) >= {"mid_train", "chat_sft", "chat_rl", "chat_eval_rl"}
+
+
+def test_the_server_answers_and_stops(finetuned):
+    """In this process: a client in a thread waits for it, asks, and sends SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = []
+    client = threading.Thread(target=ask_then_stop, args=(port, answers))
+    client.start()
+    run(chat_web, f"--port {port} --slots 2 {TORCH}")
+    client.join()
+    (usage,) = answers
+    assert usage["completion_tokens"] > 0
+
+
+def ask_then_stop(port, answers):
+    """One chat completion, then SIGTERM to this process, whatever the answer was."""
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    try:
+        while not is_ready(url) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        reply = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
+        answers.append(reply.raise_for_status().json()["usage"])
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_ready(url):
+    try:
+        return httpx.get(url + "/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_benchmark_measures_one_backend_alone(finetuned, capsys):
+    sizes = "--batch-sizes 1 --prompt-tokens 8 --new-tokens 4 --rounds 1"
+    run(infer_bench, f"{sizes} --backend torch --model-tag tiny")
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["backend"] for row in document["results"]] == ["torch"]
 
 
 @pytest.mark.slow
@@ -117,17 +203,9 @@ def test_of_two_processes_only_the_first_writes(trained, tmp_path):
     for shared in ("tokenizer", "text"):
         (tmp_path / shared).symlink_to(trained / shared)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    words = [
-        "-m",
-        "scripts.base_train",
-        *OPTIONS,
-        "--corpus",
-        str(tmp_path / "text"),
-        "--backend",
-        "torch",
-    ]
+    command = f"-m scripts.base_train {OPTIONS} --corpus {tmp_path / 'text'} --backend torch"
     done = subprocess.run(
-        [sys.executable, *launcher, *words],
+        [sys.executable, *launcher, *command.split()],
         env={**os.environ, "JAXCHAT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

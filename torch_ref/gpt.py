@@ -11,6 +11,7 @@ Letters: B batch, T time, D width, H query heads, K key/value heads, C head widt
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -55,22 +56,27 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out_features, in_features))
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        return F.linear(x, self.weight.to(x.dtype))
+        return product(x, self.weight.to(x.dtype), x.dtype)
 
     def wide(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
         """The same product, not rounded to the dtype of x: a float32 result."""
-        return wide_product(x, self.weight.to(x.dtype))
+        return product(x, self.weight.to(x.dtype), torch.float32)
 
 
-def wide_product(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*B O"]:
-    """x W^T in float32; half-precision factors are read as they are where CUDA can, else widened.
+def product(
+    x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], dtype: torch.dtype
+) -> Float[Tensor, "*B O"]:
+    """x W^T, rounded to `dtype`.
 
-    A product of two halves is exact in float32, so both ways differ in the order of sums only.
+    In JAX one call asks for wider results. Here that is CUDA's alone; elsewhere halves are widened
+    first, and as their products are exact in float32, only the order of sums differs.
     """
-    if x.dtype != torch.float32 and x.is_cuda:
-        rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32)
+    if dtype == x.dtype:
+        return F.linear(x, weight)
+    if x.is_cuda:
+        rows = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=dtype)
         return rows.reshape(*x.shape[:-1], len(weight))
-    return F.linear(x.float(), weight.float())
+    return F.linear(x.to(dtype), weight.to(dtype))
 
 
 class Embedding(nn.Module):
@@ -106,18 +112,19 @@ class CausalSelfAttention(nn.Module):
         value_embed: Float[Tensor, "B T E"] | None,
         cos_sin: tuple[Tensor, Tensor],
         cache: KVCache | None,
-        valid: Int[Tensor, " B"] | None,
+        valid: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
         rows, length, _ = x.shape
         q = self.c_q(x).reshape(rows, length, self.n_head, self.head_dim)
         k = self.c_k(x).reshape(rows, length, self.n_kv_head, self.head_dim)
         v = self.c_v(x).reshape(rows, length, self.n_kv_head, self.head_dim)
-        if self.ve_gate is not None and value_embed is not None:
+        if self.ve_gate is not None:
+            assert value_embed is not None, "a layer with a gate needs its value embedding"
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape).to(v.dtype)
         q = norm(apply_rotary(q, *cos_sin)) * self.qk_gain
         k = norm(apply_rotary(k, *cos_sin)) * self.qk_gain
-        if cache is None or valid is None:
+        if cache is None:
             stored, y = None, kernels.attention(q, k, v, window=self.window)
         else:
             stored = (
@@ -155,7 +162,7 @@ class Block(nn.Module):
         value_embed: Float[Tensor, "B T E"] | None,
         cos_sin: tuple[Tensor, Tensor],
         cache: KVCache | None,
-        valid: Int[Tensor, " B"] | None,
+        valid: Int[Tensor, " B"],
     ) -> tuple[Float[Tensor, "B T D"], tuple[Tensor, Tensor] | None]:
         mixed, stored = self.attn(norm(x), value_embed, cos_sin, cache, valid)
         x = x + mixed
@@ -200,7 +207,7 @@ class GPT(nn.Module):
             draw(block.mlp.c_fc.weight, generator, 0.4)
             if block.attn.ve_gate is not None:
                 _uniform(block.attn.ve_gate.weight, generator, 0.0, 0.02)
-            block.attn.c_proj.weight.zero_()
+            block.attn.c_proj.weight.zero_()  # JAX always draws into zeros, here anew into the old
             block.mlp.c_proj.weight.zero_()
         bound = math.sqrt(3 / self.config.n_embd)
         for table in self.value_embeds.values():
@@ -227,13 +234,13 @@ class GPT(nn.Module):
         `valid[b]` of them count (all, when None): the rest is padding.
         """
         config = self.config
-        if cache is not None and valid is None:
-            valid = torch.full_like(cache.lengths, ids.shape[1])
+        if valid is None:
+            valid = ids.new_full((len(ids),), ids.shape[1])
         starts = ids.new_zeros(1) if cache is None else cache.lengths  # one row serves all
         positions = starts[:, None] + torch.arange(ids.shape[1], device=ids.device)
         cos_sin = rotary_angles(positions, config.head_dim, config.rope_base)
-        x = x0 = self._smear(self._embed(ids), cache)
-        x_mid, stored = x, []
+        x = x0 = x_mid = self._smear(self._embed(ids), cache)
+        stored: list[Any] = []
         for i, block in enumerate(self.h):
             if config.residual_scalars:
                 x = _scalar(self.resid_lambdas, i, x) * x + _scalar(self.x0_lambdas, i, x) * x0
@@ -244,7 +251,7 @@ class GPT(nn.Module):
                 x_mid = x
         if config.backout:
             x = x - _scalar(self.backout_lambda, 0, x) * x_mid
-        if cache is not None and valid is not None:
+        if cache is not None:
             cache = _advance(cache, stored, ids, valid)
         return norm(x), cache
 

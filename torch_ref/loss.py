@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torch_ref.gpt import wide_product
+from torch_ref.gpt import product
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at the same time (1024 x 32768 float32 is 128 MiB, for 8 GB Macs)."""
@@ -54,7 +54,8 @@ class _CrossEntropy(torch.autograd.Function):
         d_hidden, d_matrix = torch.empty_like(flat), torch.zeros_like(lm_head)
         chunks = (x.split(CHUNK_TOKENS) for x in (flat, d_hidden, targets.flatten()))
         for h, d_h, y, w in zip(*chunks, weights.flatten().split(CHUNK_TOKENS), strict=True):
-            logits, slope = _capped_logits(h, matrix, softcap)
+            logits, squashed = _capped_logits(h, matrix, softcap)
+            slope = 1 - squashed * squashed
             y = y.clamp(min=0)[:, None].long()
             log_probs = logits.log_softmax(dim=-1)
             total -= (w * log_probs.gather(1, y)[:, 0]).sum()
@@ -95,9 +96,9 @@ def token_scores(
 def _capped_logits(
     h: Float[Tensor, "n D"], matrix: Float[Tensor, "V D"], softcap: float
 ) -> tuple[Float[Tensor, "n V"], Float[Tensor, "n V"]]:
-    """Soft-capped float32 logits and the derivative of the cap."""
-    squashed = wide_product(h, matrix).div_(softcap).tanh_()
-    return softcap * squashed, 1 - squashed * squashed
+    """Soft-capped float32 logits, and the same between -1 and 1."""
+    squashed = product(h, matrix, torch.float32).div_(softcap).tanh_()
+    return softcap * squashed, squashed
 
 
 def _nll(logits: Float[Tensor, "n V"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

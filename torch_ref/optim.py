@@ -244,7 +244,7 @@ def nesterov(buffer: Stack, grad: Stack, momentum: float) -> Stack:
 
 def equilibrate_rows(x: Stack) -> Stack:
     """Give every row of a matrix the same norm, keeping the matrix's (arXiv 2603.28254)."""
-    row_norms = x.norm(dim=-1, keepdim=True)
+    row_norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     mean_norm = _frobenius(x) / math.sqrt(x.shape[-2])
     return x * (mean_norm / row_norms.clamp(min=TINY))
 

@@ -59,6 +59,11 @@ def join_ranks(device: torch.device) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
+    if device.type == "mps":
+        raise ValueError(
+            f"torchrun started {world} processes, but a Mac has one GPU: run without torchrun, or "
+            "set JAXCHAT_DEVICE=cpu"
+        )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size())

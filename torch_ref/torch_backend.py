@@ -105,7 +105,7 @@ class TorchBackend:
         self.set_params(params)
         self.set_optimizer_state(state)
         if self._loss_scale is not None and scale is not None:
-            self._loss_scale = LossScale(float(scale))
+            self._loss_scale = LossScale(*scale.tolist())
 
     def wait(self) -> None:
         """`save` returns when the bytes are on disk."""
@@ -125,7 +125,8 @@ class TorchBackend:
     def _scale_state(self) -> dict[str, Tensor]:
         if self._loss_scale is None:
             return {}
-        return {LOSS_SCALE: torch.tensor(self._loss_scale.value)}
+        scale = self._loss_scale
+        return {LOSS_SCALE: torch.tensor([scale.value, float(scale.good_steps)])}
 
     # --- training ------------------------------------------------------------------------------
 

@@ -24,18 +24,19 @@ class LossScale:
     and halves it.
     """
 
-    def __init__(self, value: float = 2.0**16, *, growth_steps: int = 1000) -> None:
-        self.value, self.growth_steps = value, growth_steps
-        self._good_steps = 0
+    def __init__(
+        self, value: float = 2.0**16, good_steps: float = 0, *, growth_steps: int = 1000
+    ) -> None:
+        self.value, self.good_steps, self.growth_steps = value, int(good_steps), growth_steps
 
     def accepts(self, grad_norm: Tensor) -> bool:
         """Whether the step may be taken; adjusts the scale for the next. Waits for the device."""
         if not torch.isfinite(grad_norm).item():
-            self.value, self._good_steps = self.value / 2, 0
+            self.value, self.good_steps = self.value / 2, 0
             return False
-        self._good_steps += 1
-        if self._good_steps == self.growth_steps:
-            self.value, self._good_steps = self.value * 2, 0
+        self.good_steps += 1
+        if self.good_steps == self.growth_steps:
+            self.value, self.good_steps = self.value * 2, 0
         return True
 
 
@@ -91,4 +92,5 @@ def _summed_loss(
 
 def global_norm(tensors: Iterable[Tensor]) -> Float[Tensor, ""]:
     """Euclidean norm over all entries of all tensors."""
-    return torch.stack([x.norm() for x in tensors]).norm()
+    norms = [torch.linalg.vector_norm(x) for x in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -7,13 +7,14 @@ from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.schedule import schedule_at
-from tests.models import CLASSIC, MODERN
-from tests.parity.twins import OPTIMIZER, PLAN, perturbed_weights
+from tests.parity.twins import CONFIGS, OPTIMIZER, PLAN, perturbed_weights
 from torch_ref.torch_backend import TorchBackend
 
-CONFIGS = {"modern": MODERN, "classic": CLASSIC}
+MODERN = CONFIGS["modern"]
 
 STEPS = 6
+
+CURVE = "12 training steps, 6 on each backend, against 12 on one: loss"
 
 SCHEDULE = ScheduleConfig(warmup_steps=4, momentum_warmup_steps=10)
 
@@ -43,57 +44,64 @@ def save(backend, directory):
     return store
 
 
+def state_of(backend):
+    """Every weight and every number of the optimizer, by name."""
+    return backend.get_params() | backend.get_optimizer_state()
+
+
 def assert_same_bits(mine, theirs):
-    for a, b in (
-        (mine.get_params(), theirs.get_params()),
-        (mine.get_optimizer_state(), theirs.get_optimizer_state()),
-    ):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert (value.dtype, value.shape) == (b[name].dtype, b[name].shape), name
-            assert value.tobytes() == b[name].tobytes(), name
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert (value.dtype, value.shape) == (theirs[name].dtype, theirs[name].shape), name
+        assert value.tobytes() == theirs[name].tobytes(), name
 
 
-@pytest.fixture(scope="module", params=["modern", pytest.param("classic", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["modern", "classic"])
 def config(request):
     return CONFIGS[request.param]
 
 
 @pytest.fixture(scope="module")
-def unbroken(config):
-    """The losses of a run that never moves."""
-    return train(make(JaxBackend, config), range(2 * STEPS))
+def unbroken(config, tmp_path_factory):
+    """A run on JAX that never moves: its losses, and its checkpoint and state half-way."""
+    backend = make(JaxBackend, config)
+    losses = train(backend, range(STEPS))
+    store, half_way = save(backend, tmp_path_factory.mktemp("jax")), state_of(backend)
+    return losses + train(backend, range(STEPS, 2 * STEPS)), store, half_way
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(JaxBackend, TorchBackend), (TorchBackend, JaxBackend)]
-)
-def test_a_run_goes_on_where_the_other_backend_stopped(
-    config, first, second, unbroken, tmp_path, parity
-):
+def test_a_run_on_jax_goes_on_in_torch(config, unbroken, tmp_path, parity):
     """There, back again without a step in between, and then on: nothing is lost on the way."""
-    begun = make(first, config)
-    losses = train(begun, range(STEPS))
-    store = save(begun, tmp_path / "there")
-    there = make(second, config)
+    losses, store, half_way = unbroken
+    there = make(TorchBackend, config)
     assert store.restore(there, {"fact": 1})["step"] == STEPS
-    assert_same_bits(begun, there)
-    back = make(first, config)
+    assert_same_bits(state_of(there), half_way)
+    back = make(JaxBackend, config)
+    save(there, tmp_path).restore(back, {"fact": 1})
+    assert_same_bits(state_of(back), half_way)
+    difference = np.abs(np.array(train(there, range(STEPS, 2 * STEPS))) - losses[STEPS:]).max()
+    parity(CURVE, difference, "JAX, then torch")
+
+
+def test_a_run_in_torch_goes_on_on_jax(config, unbroken, tmp_path, parity):
+    begun = make(TorchBackend, config)
+    losses = train(begun, range(STEPS))
+    there = make(JaxBackend, config)
+    assert save(begun, tmp_path / "there").restore(there, {"fact": 1})["step"] == STEPS
+    assert_same_bits(state_of(there), state_of(begun))
+    back = make(TorchBackend, config)
     save(there, tmp_path / "back").restore(back, {"fact": 1})
-    assert_same_bits(begun, back)
+    assert_same_bits(state_of(back), state_of(begun))
     losses += train(there, range(STEPS, 2 * STEPS))
-    difference = np.abs(np.array(losses) - unbroken).max()
-    parity("12 steps, 6 on each backend: loss (absolute)", difference, 1e-5)
+    parity(CURVE, np.abs(np.array(losses) - unbroken[0]).max(), "torch, then JAX")
 
 
-def test_a_run_moves_to_another_number_of_devices(tmp_path):
+def test_a_run_moves_to_another_number_of_devices(config, unbroken):
     """Eight devices pad every stack of matrices to a multiple of eight, one does not."""
-    begun = make(JaxBackend, MODERN)
-    train(begun, range(2))
-    store = save(begun, tmp_path)
-    alone = make(JaxBackend, MODERN, device=0)
+    _, store, half_way = unbroken
+    alone = make(JaxBackend, config, device=0)
     assert store.restore(alone, {"fact": 1})["step"] == STEPS
-    assert_same_bits(begun, alone)
+    assert_same_bits(state_of(alone), half_way)
 
 
 def test_a_state_of_another_model_is_refused_by_name():

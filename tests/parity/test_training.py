@@ -46,7 +46,7 @@ def compare_weights(parity, what, mine, expected):
     for name, value in expected.items():
         assert mine[name].shape == value.shape, name
         size = max(np.linalg.norm(value), 0.1 * np.sqrt(value.size))
-        parity(f"{what}: weights (relative)", distance(mine[name], value) / size, 1e-4, name)
+        parity(f"{what}: weights, relative", distance(mine[name], value) / size, name)
 
 
 def compare_moments(parity, what, mine, expected):
@@ -58,7 +58,7 @@ def compare_moments(parity, what, mine, expected):
         if name.startswith("adam.mu."):
             size = max(size, np.linalg.norm(np.sqrt(expected[name.replace(".mu.", ".nu.")])))
         difference = distance(mine[name], value)
-        parity(f"{what}: moments (relative)", difference / size if size else difference, 1e-4, name)
+        parity(f"{what}: moments, relative", difference / size if size else difference, name)
 
 
 def text_batches(steps, *, rows, length):
@@ -88,28 +88,28 @@ def test_ten_optimizer_steps_on_the_same_gradients(preset, parity):
         updates, state = update({n: jnp.asarray(g) for n, g in grads.items()}, state, ours, arrays)
         ours = optax.apply_updates(ours, updates)
         optimizer.step({name: torch.from_numpy(g) for name, g in grads.items()}, schedule)
-    what = "10 steps, same gradients"
+    what = "10 optimizer steps from the same gradients"
     compare_weights(parity, what, theirs, ours)
     compare_moments(parity, what, optimizer.state(), jax_optimizer_state(state))
 
 
 @pytest.mark.parametrize("preset", ["modern", "classic GQA"])
 def test_ten_training_steps(preset, parity):
-    """Two micro-batches a step; then weights, moments and losses are the same."""
+    """Two micro-batches a step, rows longer than the short window; then all state is the same."""
     config = CONFIGS[preset]
     params = perturbed_weights(config)
     step_fn, state = JaxTwin(config, params).trainer(jax_transform(config))
     backend = TorchBackend(config, dtype="float32")
     backend.set_params(params)
     backend.start_training(OPTIMIZER, PLAN)
-    for step, whole in enumerate(text_batches(10, rows=4, length=256)):
+    for step, whole in enumerate(text_batches(10, rows=4, length=192)):
         batch = tuple(x.reshape(2, 2, -1) for x in whole)
         schedule, arrays = moving(step)
         mine = backend.train_step(*batch, schedule)
         state, metrics = step_fn(state, (*map(jnp.asarray, batch), None), arrays)
-        parity("10 training steps: loss (absolute)", max_abs(mine["loss"], metrics.loss), 1e-5)
+        parity("10 training steps: loss", max_abs(mine["loss"], metrics.loss))
         norm = relative(mine["grad_norm"], metrics.grad_norm)
-        parity("10 training steps: gradient norm (relative)", norm, 1e-4)
+        parity("10 training steps: gradient norm, relative", norm)
     what = "10 training steps"
     compare_weights(parity, what, backend.get_params(), state.params)
     moments = jax_optimizer_state(state.opt_state)
