@@ -75,7 +75,9 @@ def main(config: Config) -> None:
     console = make_console()
     console.print(on_screen(table))
     console.print(f"{name}: {metric:.4f}")
-    write_csv(base_dir() / "report" / f"{config.source}_eval.csv", results, metric)
+    label = "CORE" if is_core else NOTE
+    for folder in (model.path, base_dir() / "report"):  # beside what was judged, and the newest
+        write_csv(folder / f"{config.source}_eval.csv", results, label, metric)
     Report(base_dir()).add(
         f"{config.source}_eval",
         f"{'CORE' if is_core else 'Embedded tasks, not CORE'} ({config.source})",
@@ -84,7 +86,7 @@ def main(config: Config) -> None:
             table,
         ],
         wall_seconds=time.monotonic() - started,
-        figures={"CORE" if is_core else NOTE: metric},
+        figures={label: metric},
     )
 
 
@@ -139,15 +141,15 @@ def load_published(bundle: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_csv(path: Path, results: Sequence[TaskResult], metric: float) -> None:
-    """Task, accuracy, centred accuracy, and the mean as the last row."""
+def write_csv(path: Path, results: Sequence[TaskResult], label: str, metric: float) -> None:
+    """Task, accuracy, centred accuracy, and the mean as the last row, under its label."""
     if not runtime.is_first_process():
         return
     with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["Task", "Accuracy", "Centered"])
         writer.writerows([r.label, f"{r.accuracy:.6f}", f"{r.centered:.6f}"] for r in results)
-        writer.writerow(["CORE", "", f"{metric:.6f}"])
+        writer.writerow([label, "", f"{metric:.6f}"])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 from jaxchat import cli, embedded_corpus
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.report import Report
+from jaxchat.scaling import read_runs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
 from scripts import base_eval, base_loss, base_train, chat_cli
@@ -80,6 +81,10 @@ def test_the_pipeline_runs(trained, capsys):
     assert "val: " in capsys.readouterr().out
     run(base_eval, "--max-per-task", "4", *options)
     assert "embedded tasks, not CORE" in capsys.readouterr().out
+    scores = (store.path(STEPS) / "base_eval.csv").read_text().splitlines()
+    assert scores[-1].startswith('"embedded tasks, not CORE"')
+    [tiny] = read_runs("tiny")
+    assert (tiny.tokens, tiny.core) == (STEPS * 1024, None)
     run(chat_cli, "-i", "base", "-p", "the model", "--max-tokens", "8", *options)
     assert capsys.readouterr().out.strip()
     assert {section.stage for section in Report(trained).sections()} == {
