@@ -76,7 +76,8 @@ def main(config: Config) -> None:
     console.print(on_screen(table))
     console.print(f"{name}: {metric:.4f}")
     label = "CORE" if is_core else NOTE
-    write_csv(base_dir() / "report" / f"{config.source}_eval.csv", results, label, metric)
+    for folder in (model.path, base_dir() / "report"):  # beside what was judged, and the newest
+        write_csv(folder / f"{config.source}_eval.csv", results, label, metric)
     Report(base_dir()).add(
         f"{config.source}_eval",
         f"{'CORE' if is_core else 'Embedded tasks, not CORE'} ({config.source})",
@@ -141,7 +142,7 @@ def load_published(bundle: Path) -> dict[str, dict[str, float]]:
 
 
 def write_csv(path: Path, results: Sequence[TaskResult], label: str, metric: float) -> None:
-    """Task, accuracy, centred accuracy, and as the last row their mean under its name."""
+    """Task, accuracy, centred accuracy, and the mean as the last row, under its label."""
     if not runtime.is_first_process():
         return
     with atomic_write(path) as file:

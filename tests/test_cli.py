@@ -13,6 +13,13 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("[a-z]*.py"))
 
 
+RESEARCH = sorted(
+    path
+    for path in (ROOT / "scripts" / "runs").glob("*.sh")
+    if "ledger.sh" in path.read_text()  # the others launch one job and belong to test_launchers
+)
+
+
 def written_commands():
     """(file, words) of every `python -m scripts.NAME ...` in README, docs and docstrings."""
     for path in (ROOT / "README.md", *(ROOT / "scripts").glob("*.py")):
@@ -43,6 +50,23 @@ def speedrun_commands(tier):
     return [shlex.split(line) for line in shell.stdout.splitlines() if line.startswith(" ")]
 
 
+def research_commands(script):
+    """The commands of a script of scripts/runs/, as it prints them when asked to do nothing."""
+    import subprocess
+
+    shell = subprocess.run(
+        ["bash", str(script)],
+        env={"DRY_RUN": "1", "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for line in shell.stdout.splitlines():
+        python, m, *words = shlex.split(line)
+        assert (python, m) == (".venv/bin/python", "-m")
+        yield words
+
+
 def parse(words):
     module = importlib.import_module(words[0])
     return cli.parse(module.Config, words[1:])
@@ -54,6 +78,14 @@ def test_every_stage_of_every_tier_parses(tier):
     assert len(commands) >= 6
     for name, *words in commands:
         parse([f"scripts.{name}", *words])
+
+
+@pytest.mark.parametrize("script", RESEARCH, ids=lambda path: path.stem)
+def test_every_command_of_every_research_run_parses(script):
+    commands = list(research_commands(script))
+    assert "scripts.base_train" in {words[0] for words in commands}
+    for words in commands:
+        parse(words)
 
 
 def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):

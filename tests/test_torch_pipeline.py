@@ -18,6 +18,7 @@ import pytest
 from jaxchat import cli, embedded_corpus
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.report import Report
+from jaxchat.scaling import read_runs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
 from scripts import (
@@ -115,6 +116,10 @@ def test_pretraining_and_its_evaluations_run(trained, capsys):
     assert "val: " in capsys.readouterr().out
     run(base_eval, f"--max-per-task 4 {TORCH}")
     assert "embedded tasks, not CORE" in capsys.readouterr().out
+    scores = (store.path(STEPS) / "base_eval.csv").read_text().splitlines()
+    assert scores[-1].startswith('"embedded tasks, not CORE"')
+    [tiny] = read_runs("tiny")
+    assert (tiny.tokens, tiny.core) == (STEPS * 1024, None)
     run(chat_cli, f"-i base -p model --max-tokens 8 {TORCH}")
     assert capsys.readouterr().out.strip()
     assert stages(trained) >= {"base_train", "base_loss", "base_eval"}

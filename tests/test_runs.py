@@ -1,0 +1,327 @@
+"""Research runs: what a sweep launches and skips, the fits against known laws, the notebook."""
+
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxchat import cli, scaling
+from jaxchat.config import (
+    GPTConfig,
+    OptimizerConfig,
+    flops_per_token,
+    micro_batches,
+    scaling_params,
+)
+from jaxchat.scaling import Run
+from jaxchat.tracker import Tracker
+from scripts import base_train, sweep_table
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "scripts" / "runs"
+NOTEBOOK = ROOT / "dev" / "scaling_analysis.ipynb"
+SWEEPS = ("miniseries", "scaling_laws", "time_to_gpt2", "cpu_scaling")
+
+# --- The fits -------------------------------------------------------------------------------------
+
+
+def run_of(params, tokens, bpb, *, flops=1e15, tag="r"):
+    """A run with just what the fits read."""
+    return Run(tag, 4, 64, params, params, tokens, flops, flops, bpb, 1.0, None, Path(tag))
+
+
+def chinchilla_sweep(budgets, *, alpha=0.34, beta=0.28):
+    """Runs on the loss surface of Hoffmann et al.: E + A / N^alpha + B / D^beta, C = 6 N D.
+
+    The best N is G (C / 6)^a with a = beta / (alpha + beta) (their equation 4).
+    """
+    surface = {"E": 1.69, "A": 406.4, "B": 410.7}
+    a = beta / (alpha + beta)
+    scale = (alpha * surface["A"] / (beta * surface["B"])) ** (1 / (alpha + beta))
+    best = {c: scale * (c / 6) ** a for c in budgets}
+    runs = []
+    for flops, optimum in best.items():
+        for n in optimum * np.geomspace(1 / 3, 3, 7):
+            d = flops / (6 * n)
+            loss = surface["E"] + surface["A"] / n**alpha + surface["B"] / d**beta
+            runs.append(run_of(round(n), round(d), loss, flops=flops))
+    return runs, best, a
+
+
+def test_the_law_of_a_known_loss_surface_is_recovered():
+    """The surface is no parabola in log N, so its bottom is only nearly that of the fit."""
+    runs, best, exponent = chinchilla_sweep([1e18, 1e19, 1e20, 1e21])
+    law = scaling.fit_scaling_law(scaling.by_budget(runs))
+    for valley in law.valleys:
+        assert valley.params == pytest.approx(best[valley.flops], rel=0.05)
+        assert 6 * valley.params * valley.tokens == pytest.approx(valley.flops, rel=1e-3)
+    assert law.params.exponent == pytest.approx(exponent, abs=0.005)
+    assert law.tokens.exponent == pytest.approx(1 - exponent, abs=0.005)
+    spread = [one.params.exponent for one in scaling.leave_one_size_out(scaling.by_budget(runs))]
+    assert len(spread) == len({run.scaling_params for run in runs})
+    assert all(abs(each - exponent) < 0.02 for each in spread)
+
+
+def test_a_parabola_comes_back_exactly():
+    sizes = [1_000, 2_500, 4_000, 9_000]
+    runs = [run_of(n, 10**6 // n, 1.5 + 0.2 * math.log(n / 3_000) ** 2) for n in sizes]
+    valley = scaling.fit_valley(runs)
+    assert valley.params == pytest.approx(3_000, rel=1e-9)
+    assert valley.bpb == pytest.approx(1.5)
+    assert valley.at(np.array([9_000.0])) == pytest.approx(runs[-1].val_bpb)
+
+
+@pytest.mark.parametrize(
+    ("bpb", "message"),
+    [
+        ([1.0, 1.1, 1.3, 1.6], "do not bracket the best size: add smaller"),
+        ([1.6, 1.3, 1.1, 1.0], "do not bracket the best size: add larger"),
+        ([1.0, 1.2, 1.2, 1.1], "do not bracket the best size"),  # a hill
+        ([1.0, 1.1], "2 model sizes: a parabola takes three"),
+    ],
+)
+def test_runs_that_show_no_valley_are_refused(bpb, message):
+    runs = [run_of(1_000 * 2**i, 1_000, value) for i, value in enumerate(bpb)]
+    with pytest.raises(ValueError, match=message):
+        scaling.fit_valley(runs)
+
+
+def test_a_power_law_comes_back_exactly_and_one_point_gives_none():
+    law = scaling.fit_power_law([1e3, 1e5, 1e8], [2 * x**0.73 for x in (1e3, 1e5, 1e8)])
+    assert (law.scale, law.exponent) == pytest.approx((2, 0.73))
+    with pytest.raises(ValueError, match="1 budgets"):
+        scaling.fit_power_law([1e3, 1e3], [1, 2])
+
+
+# --- From folders to the notebook -----------------------------------------------------------------
+
+
+def write_run(base, tag, model, flops, bpb, *, batch=2048, core=None, finished=True):
+    """The folder that pretraining leaves: a checkpoint's meta.json and the metrics."""
+    folder = base / "base_checkpoints" / tag
+    plan = base_train.plan_of(
+        base_train.Config(target_flops=flops, total_batch_size=batch), model, OptimizerConfig()
+    )
+    steps = plan.num_iterations
+    tracker = Tracker(folder / "metrics.jsonl")
+    tracker.log(0, {"val/bpb": 3.0})
+    # a long run's rows are alike: a few stand for all, each with its share of the tokens
+    rows = min(steps, 10)
+    for step in np.linspace(steps / rows, steps, rows).round().astype(int).tolist():
+        figures = {"batch_tokens": plan.target_tokens / rows, "tokens_per_second": 1e4}
+        tracker.log(step, {"train/loss": 5.0} | {f"train/{k}": v for k, v in figures.items()})
+    if finished:
+        tracker.log(steps, {"val/bpb": bpb})
+    tracker.close()
+    checkpoint = folder / f"step_{steps:06d}"
+    checkpoint.mkdir()
+    meta = {
+        "model": asdict(model),
+        "plan": asdict(plan),
+        "config": {"target_flops": flops},
+        "train_seconds": plan.target_tokens / 1e4,
+    }
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    if core is not None:
+        label, value = core
+        (checkpoint / "base_eval.csv").write_text(
+            f"Task,Accuracy,Centered\na,0.5,0.1\n{label},,{value}\n"
+        )
+    return plan
+
+
+def models(widths):
+    return [
+        GPTConfig.from_depth(4, aspect_ratio=w // 4, head_dim=16, vocab_size=512, sequence_len=128)
+        for w in widths
+    ]
+
+
+EXPONENT = 0.43
+
+
+def write_sweep(base):
+    """Runs whose bits per byte are parabolas in ln N with bottoms that grow as C^EXPONENT."""
+    for flops in (1e11, 1e12, 1e13):
+        best = 230_000 * (flops / 1e12) ** EXPONENT
+        for model in models((32, 48, 64, 96, 128)):
+            depth = math.log(scaling_params(model) / best) ** 2
+            bpb = 2 - 0.1 * math.log10(flops) + 0.05 * depth
+            write_run(base, f"cpu_{flops:.0e}_w{model.n_embd}", model, flops, bpb)
+
+
+def test_runs_are_read_from_what_training_leaves(base_dir):
+    [small, large] = models((32, 64))
+    plan = write_run(base_dir, "mini_d4", large, 1e12, 1.25, core=("CORE", 0.11))
+    write_run(base_dir, "mini_d3", small, 1e12, 1.5, core=("embedded tasks, not CORE", 0.3))
+    write_run(base_dir, "mini_d5", small, 1e12, 1.5, finished=False)
+    write_run(base_dir, "other", small, 1e12, 1.5)
+    (base_dir / "base_checkpoints" / "mini_d6").mkdir()
+    first, second = scaling.read_runs("mini_*")
+    assert (first.tag, first.core) == ("mini_d3", None)  # what is not CORE is not called so
+    assert (second.tag, second.core, second.val_bpb) == ("mini_d4", 0.11, 1.25)
+    assert (second.depth, second.width, second.tokens) == (4, 64, plan.target_tokens)
+    assert second.flops == plan.target_tokens * flops_per_token(large)
+    assert second.flops == pytest.approx(1e12, rel=0.01)
+    loss, bpb = scaling.curve(second, "train/loss"), scaling.curve(second, "val/bpb")
+    assert loss.flops[-1] == pytest.approx(second.flops)
+    assert loss.seconds[-1] == pytest.approx(second.train_seconds)
+    assert (bpb.flops[0], bpb.flops[-1], bpb.values) == (0, loss.flops[-1], [3.0, 1.25])
+
+
+def test_the_notebook_recovers_a_known_law_and_writes_its_picture(base_dir, capsys, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    write_sweep(base_dir)
+    plan = GPTConfig.from_depth(2, vocab_size=512, sequence_len=128)
+    for tag, core in (("mini_d2", 0.05), ("gpt2_d2", 0.26)):
+        write_run(base_dir, tag, plan, 1e12, 1.1, batch=65536, core=("CORE", core))
+    names = {}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
+    names["plt"].close("all")
+    shown = capsys.readouterr().out
+    assert f"N (parameters) ~ C^{EXPONENT}, {EXPONENT} to {EXPONENT} without one size" in shown
+    tokens = float(re.search(r"D \(tokens\) ~ C\^([\d.]+)", shown)[1])
+    assert tokens == pytest.approx(1 - EXPONENT, abs=0.05)  # attention: C is only nearly 6 N D
+    assert "not used" not in shown
+    assert (base_dir / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_notebook_and_its_picture_are_small_and_were_executed():
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], NOTEBOOK.stat().st_size < 400_000) == (4, True)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell["outputs"] for cell in code)
+    assert not any(out["output_type"] == "error" for cell in code for out in cell["outputs"])
+    assert (ROOT / "dev" / "cpu_scaling.png").stat().st_size < 100_000
+
+
+# --- The scripts ----------------------------------------------------------------------------------
+
+
+def dry_run(name, **settings):
+    """The commands of a research script, as the script itself expands them."""
+    shell = subprocess.run(
+        ["bash", str(RUNS / f"{name}.sh")],
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nowhere", "DRY_RUN": "1", **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [shlex.split(line)[2:] for line in shell.stdout.splitlines()]
+
+
+def trainings(name, **settings):
+    return [
+        cli.parse(base_train.Config, words[1:])
+        for words in dry_run(name, **settings)
+        if words[0] == "scripts.base_train"
+    ]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_run_has_a_tag_of_its_own_and_its_batch_divides(name, devices):
+    configs = trainings(name)
+    assert len({config.tag for config in configs}) == len(configs) > 0
+    for config in configs if devices == 1 or name != "cpu_scaling" else []:
+        vocabulary = 2048 if name == "cpu_scaling" else 32768
+        shape = base_train.shape_of(config, vocab_size=vocabulary)
+        plan = base_train.plan_of(config, shape, base_train.optimizer_of(config))
+        micro_batches(
+            plan,
+            sequence_len=config.sequence_len,
+            device_batch_size=config.device_batch_size,
+            devices=devices,
+        )
+        assert plan.num_iterations > config.warmup_steps
+
+
+def test_the_sweeps_are_the_ones_they_say():
+    assert [c.depth for c in trainings("miniseries")] == [8, 10, 12, 14, 16, 18, 20]
+    grid = {(c.target_flops, c.depth) for c in trainings("scaling_laws", BUDGETS="1e17 2e17")}
+    assert grid == {(c, d) for c in (1e17, 2e17) for d in (10, 12, 14, 16, 18, 20)}
+    assert len({c.total_batch_size for c in trainings("scaling_laws")}) == 1
+    [speed] = trainings("time_to_gpt2")
+    assert (speed.depth, speed.target_param_data_ratio) == (24, 8)
+    assert "0.256525" in dry_run("time_to_gpt2")[-1]
+    toys = trainings("cpu_scaling", BUDGETS="1e9", WIDTHS="32 64", EXTRA="--seed 7")
+    assert [base_train.shape_of(c, 512).n_embd for c in toys] == [32, 64]
+    assert {c.seed for c in toys} == {7}
+
+
+def ledger(base, commands):
+    """Run shell commands after the ledger has been sourced."""
+    script = f"set -euo pipefail\n. {RUNS / 'ledger.sh'}\n{commands}"
+    env = {**os.environ, "JAXCHAT_BASE_DIR": str(base), "SKIP_SETUP": "1"}
+    return subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+
+
+def test_what_has_finished_is_skipped_and_what_failed_is_not(base_dir):
+    table = base_dir / "t.csv"
+    command = f"once a sweep_table --tags 'mini_*' -o {table}"
+    failed = ledger(base_dir, command)
+    assert failed.returncode == 2
+    assert "no finished run has a tag like 'mini_*'" in failed.stderr
+    write_run(base_dir, "mini_d4", models((32,))[0], 1e12, 1.5)
+    assert ledger(base_dir, command).returncode == 0
+    header, row = table.read_text().splitlines()
+    assert header == ",".join(sweep_table.COLUMNS)
+    assert row.startswith("mini_d4,4,32,")
+    marks = base_dir / "runs"
+    (marks / "a.core").touch()
+    (marks / "ab").touch()
+    table.unlink()
+    again = ledger(base_dir, command)
+    assert again.stdout == "--- a: done before\n"
+    assert not table.exists()
+    changed = ledger(base_dir, f"{command} --goal 0")
+    assert changed.returncode == 1  # no CORE, so the goal is missed
+    assert "mini_d4: CORE not measured" in changed.stdout
+    assert {path.name for path in marks.iterdir()} == {"ab"}
+
+
+@pytest.mark.parametrize(("core", "status"), [(0.2566, 0), (0.2565, 1)])
+def test_the_time_to_gpt2_is_told_only_when_its_core_is_passed(base_dir, capsys, core, status):
+    model = models((32,))[0]
+    plan = write_run(base_dir, "gpt2_d4", model, 1e12, 1.1, core=("CORE", core))
+    with pytest.raises(SystemExit) as stop:
+        sweep_table.main(sweep_table.Config(tags="gpt2_d4", goal=0.256525))
+    assert stop.value.code == status
+    verdict = "passes" if status == 0 else "does not pass"
+    told = f"CORE {core:.6f} {verdict} 0.256525"
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert f"({plan.target_tokens / 1e4:.0f} s)" in shown
+
+
+@pytest.mark.slow
+def test_a_small_sweep_trains_for_real_and_the_second_time_does_nothing(base_dir):
+    settings = {
+        **os.environ,
+        "JAXCHAT_BASE_DIR": str(base_dir),
+        "SKIP_SETUP": "1",
+        "BUDGETS": "2e9",
+        "WIDTHS": "32 48",
+        "DEPTH": "2",
+        "VOCAB": "512",
+        "EXTRA": "--eval-tokens 2048",
+    }
+    sweep = ["bash", str(RUNS / "cpu_scaling.sh")]
+    settings.pop("XLA_FLAGS")  # as a user has it: one CPU device
+    subprocess.run(sweep, env=settings, check=True)
+    runs = scaling.read_runs("cpu_*")
+    assert [run.width for run in runs] == [32, 48]
+    assert all(run.flops == pytest.approx(2e9, rel=0.5) and run.val_bpb < 8 for run in runs)
+    again = subprocess.run(sweep, env=settings, check=True, capture_output=True, text=True)
+    done = re.findall(r"^--- (.*): done before$", again.stdout, flags=re.MULTILINE)
+    assert done == ["data", "cpu_2e9_w32", "cpu_2e9_w48"]
