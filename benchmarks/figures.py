@@ -46,7 +46,7 @@ class Figure:
 
 def share(value: float | None) -> str:
     """A share in percent; a dash where there is nothing to take a share of."""
-    return "-" if value is None else f"{100 * value:.1f}%"
+    return "-" if value is None else f"{100 * value:.3g}%"
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -100,9 +100,10 @@ class Side:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _ask(self, what: str, count: int = 1) -> dict[str, Any]:
         assert self._process.stdin is not None

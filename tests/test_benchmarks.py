@@ -55,7 +55,7 @@ def test_ratios_are_of_medians_not_medians_of_ratios():
 
 def test_a_share_without_a_ceiling_is_a_dash():
     assert share(None) == "-"
-    assert share(0.5) == "50.0%"
+    assert share(0.0004) == "0.04%"
 
 
 def test_an_accelerator_trains_half_a_million_tokens_a_step():
@@ -136,15 +136,13 @@ def test_a_step_of_every_side(base_dir, capsys):
 
 
 @pytest.mark.slow
-def test_a_warm_start_compiles_less_than_a_cold_one(capsys):
+def test_a_cold_and_a_warm_start(base_dir, capsys):
     sides = ("jax cold", "jax warm")
     config = startup.Config(depth=2, sequence_len=16, rounds=1, sides=sides, **TINY)
     startup.main(config)
     rows = rows_of(capsys.readouterr().out)
     assert [row[0] for row in rows] == list(sides)
     assert_finite(rows, startup.COLUMNS)
-    compile_s = [float(row[startup.COLUMNS.index("compile")].split()[0]) for row in rows]
-    assert compile_s[1] < compile_s[0]
 
 
 @pytest.mark.slow
