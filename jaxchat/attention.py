@@ -11,7 +11,10 @@ Grouped-query attention throughout: H query heads share K key/value heads. Score
 float32 whatever the inputs are.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 Heads = Float[Array, "B T H C"]
 KVHeads = Float[Array, "B T K C"]
+Piece: TypeAlias = tuple[Float[Array, "B K _ C"], Float[Array, "B K _ C"], Bool[Array, "#B 1 T _"]]
+"""Keys, values, and which of them each query sees."""
 
 MIN_BLOCK = 128
 """Queries per block; longer sequences use larger blocks, at most `MAX_BLOCKS` of them."""
@@ -92,6 +97,11 @@ def _cudnn_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
     )
 
 
+def attend_pieces(q: Heads, pieces: Sequence[Piece]) -> Heads:
+    """Softmax attention over keys that stand in several arrays, as if it were one."""
+    return _attend_pieces(jnp.swapaxes(q, 1, 2), pieces)
+
+
 def _attend(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
@@ -99,11 +109,23 @@ def _attend(
     visible: Bool[Array, "#B 1 T S"],
 ) -> Heads:
     """Softmax attention under a mask, heads leading; returns time before heads."""
+    return _attend_pieces(q, [(k, v, visible)])
+
+
+def _attend_pieces(q: Float[Array, "B H T C"], pieces: Sequence[Piece]) -> Heads:
     rows, heads, length, width = q.shape
-    grouped = q.reshape(rows, k.shape[1], -1, length, width)  # (B, K, G, T, C)
-    scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    mask = visible[:, :, None]  # (B, 1, 1, T, S)
-    scores = jnp.where(mask, scores / math.sqrt(width), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bksc->bkgtc", weights, v)
+    grouped = q.reshape(rows, pieces[0][0].shape[1], -1, length, width)  # (B, K, G, T, C)
+    scores = []
+    for k, _, visible in pieces:
+        products = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
+        mask = visible[:, :, None]  # (B, 1, 1, T, S)
+        scores.append(jnp.where(mask, products / math.sqrt(width), -jnp.inf))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    ends = list(itertools.accumulate(k.shape[2] for k, _, _ in pieces))
+    shares = jnp.split(weights, ends[:-1], axis=-1)
+    mixed, *others = (
+        jnp.einsum("bkgts,bksc->bkgtc", share.astype(v.dtype), v)
+        for share, (_, v, _) in zip(shares, pieces, strict=True)
+    )
+    mixed = sum(others, start=mixed)
     return jnp.swapaxes(mixed.reshape(rows, heads, length, width), 1, 2)

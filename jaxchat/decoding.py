@@ -23,7 +23,7 @@ from jaxchat.backend import DecodeBatch, DecodeResult
 from jaxchat.config import MAX_TOP_LOGPROBS, GPTConfig
 from jaxchat.device_sampling import RowParams
 from jaxchat.gpt import GPT
-from jaxchat.kv_cache import KVCache
+from jaxchat.kv_cache import Dispatch, Gains, KVCache
 from jaxchat.params import Params, bind
 from jaxchat.penalties import Penalties, Tally
 
@@ -50,7 +50,8 @@ class Decoder:
         self._cast = jax.jit(partial(_cast, graphdef), out_shardings=placement)
         self._read = jax.jit(partial(_read, graphdef), static_argnums=4)
         self._write = jax.jit(_write, static_argnums=3, donate_argnums=0)
-        self._decode = jax.jit(partial(_decode, graphdef), static_argnums=3, donate_argnums=1)
+        self._decode = jax.jit(partial(_decode, graphdef), static_argnums=3)
+        self._keep = jax.jit(kv_cache.keep, donate_argnums=0)
         self._copy_row = jax.jit(_copy_row, static_argnums=3, donate_argnums=0)
 
     def prefill(
@@ -101,7 +102,8 @@ class Decoder:
         )
         assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
         bucket = _bucket(needed, cache.max_length)
-        cache, outputs = self._decode(self.weights(params), cache, inputs, bucket)
+        gains, outputs = self._decode(self.weights(params), cache, inputs, bucket)
+        cache = self._keep(cache, gains)
         fetched = outputs if with_top else outputs[:3]
         return DecodeResult(cache, *map(np.asarray, fetched))
 
@@ -173,7 +175,7 @@ class _Loop(NamedTuple):
     """What one decoding step hands to the next."""
 
     step: Int[Array, ""]
-    cache: KVCache
+    cache: Dispatch
     newest: Int[Array, " S"]
     stopped: Bool[Array, " S"]
     seen: Tally
@@ -198,6 +200,7 @@ def _read(
     model = _model(graphdef, params)
     row = kv_cache.read_row(cache, place.row, 0, bucket)._replace(lengths=place.start[None])
     hidden, row = model.hidden(ids[None], row, place.count[None])
+    assert isinstance(row, KVCache)
     assert row is not None
     last = jax.lax.dynamic_index_in_dim(hidden[0], place.count - 1)
     first = _window_start(place, bucket, len(ids))
@@ -220,7 +223,11 @@ def _window_start(place: _Place, bucket: int, length: int) -> Int[Array, ""]:
 
 def _decode(
     graphdef: nnx.GraphDef, params: Params, cache: KVCache, inputs: _DecodeInputs, bucket: int
-) -> tuple[KVCache, _Outputs]:
+) -> tuple[Gains, _Outputs]:
+    """What a dispatch adds to the cache, and what it sampled.
+
+    The cache is only read: a program that also writes into it would work on copies (`_keep`).
+    """
     model = _model(graphdef, params)
     rows, most = inputs.uniforms.shape
 
@@ -230,7 +237,7 @@ def _decode(
     def step(loop: _Loop) -> _Loop:
         running = active(loop)
         hidden, cache = model.hidden(loop.newest[:, None], loop.cache, running.astype(jnp.int32))
-        assert cache is not None
+        assert isinstance(cache, Dispatch)
         logits = model.logits(hidden[:, 0])
         choices = penalties.adjust(logits, inputs.penalties, loop.seen)
         tokens = device_sampling.sample(choices, inputs.params, inputs.uniforms[:, loop.step])
@@ -255,10 +262,11 @@ def _decode(
         jnp.zeros(top, jnp.int32),
         jnp.zeros(top, jnp.float32),
     )
-    part = kv_cache.crop(cache, bucket)._replace(lengths=inputs.lengths)
+    windows = model.config.window_sizes
+    part = kv_cache.begin_dispatch(cache, inputs.lengths, windows, bucket=bucket, steps=most)
     seen = penalties.tally(
         inputs.penalties,
-        part.ids[:, 0, :, 0],
+        cache.ids[:, 0, :bucket, 0],
         inputs.tokens,
         inputs.lengths,
         inputs.prompt_lengths,
@@ -267,7 +275,7 @@ def _decode(
     stopped = jnp.zeros(rows, bool)
     first = _Loop(jnp.int32(0), part, inputs.tokens, stopped, seen, outputs)
     last = jax.lax.while_loop(lambda loop: active(loop).any(), step, first)
-    return kv_cache.paste(cache, last.cache), last.outputs
+    return kv_cache.gains(last.cache), last.outputs
 
 
 def _copy_row(

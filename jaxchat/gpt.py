@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxchat import attention as kernels
-from jaxchat import kv_cache, sampling
+from jaxchat import sampling
 from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, SamplingParams
-from jaxchat.kv_cache import KVCache
+from jaxchat.kv_cache import AnyCache
 
 NORM_EPS = 1e-6
 
@@ -121,7 +121,7 @@ class CausalSelfAttention(nnx.Module):
         x: Float[Array, "B T D"],
         value_embed: Float[Array, "B T E"] | None,
         cos_sin: tuple[Array, Array],
-        cache: KVCache | None,
+        cache: AnyCache | None,
         valid: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         rows, length, _ = x.shape
@@ -137,12 +137,8 @@ class CausalSelfAttention(nnx.Module):
         if cache is None:
             stored, y = None, kernels.attention(q, k, v, window=self.window)
         else:
-            stored = (
-                kv_cache.append(cache.keys[self.layer], k, cache.lengths, valid),
-                kv_cache.append(cache.values[self.layer], v, cache.lengths, valid),
-            )
-            positions = cache.lengths[:, None] + jnp.arange(length)[None]
-            y = kernels.cached_attention(q, *stored, positions, window=self.window)
+            # torch writes into one cache in place; decode steps add to one that they only read
+            y, stored = cache.attend(self.layer, q, k, v, valid, self.window)
         return self.c_proj(y.reshape(rows, length, -1)), stored
 
 
@@ -169,7 +165,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         value_embed: Float[Array, "B T E"] | None,
         cos_sin: tuple[Array, Array],
-        cache: KVCache | None,
+        cache: AnyCache | None,
         valid: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         mixed, stored = self.attn(norm(x), value_embed, cos_sin, cache, valid)
@@ -226,9 +222,9 @@ class GPT(nnx.Module):
     def hidden(
         self,
         ids: Int[Array, "B T"],
-        cache: KVCache | None = None,
+        cache: AnyCache | None = None,
         valid: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
         """The final normed state of every position, and the cache with these tokens appended.
 
         With a cache, row b's tokens continue it at `cache.lengths[b]`, and only the first
@@ -253,7 +249,7 @@ class GPT(nnx.Module):
         if config.backout:
             x = x - _scalar(self.backout_lambda, 0, x) * x_mid
         if cache is not None:
-            cache = _advance(cache, stored, ids, valid)
+            cache = cache.advance(stored, ids, valid)
         return norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -277,12 +273,12 @@ class GPT(nnx.Module):
     def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return norm(self.wte(ids).astype(self.dtype))
 
-    def _embed_newest(self, cache: KVCache) -> Float[Array, "B 1 D"]:
+    def _embed_newest(self, cache: AnyCache) -> Float[Array, "B 1 D"]:
         """The un-smeared embedding of each row's last token; zero where a row is empty."""
-        embedded = self._embed(kv_cache.newest_ids(cache)[:, None])
+        embedded = self._embed(cache.newest_ids()[:, None])
         return jnp.where((cache.lengths > 0)[:, None, None], embedded, jnp.zeros_like(embedded))
 
-    def _smear(self, x: Float[Array, "B T D"], cache: KVCache | None) -> Float[Array, "B T D"]:
+    def _smear(self, x: Float[Array, "B T D"], cache: AnyCache | None) -> Float[Array, "B T D"]:
         """Add a gated share of the previous token's un-smeared embedding; the first has none."""
         if not self.config.smear:
             return x
@@ -290,18 +286,6 @@ class GPT(nnx.Module):
         previous = jnp.concatenate([before, x[:, :-1]], axis=1)
         gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
         return x + _scalar(self.smear_lambda, 0, x) * gate * previous
-
-
-def _advance(
-    cache: KVCache,
-    stored: list[tuple[Array, Array]],
-    ids: Int[Array, "B T"],
-    valid: Int[Array, " B"],
-) -> KVCache:
-    """The cache after a step: new keys and values, the ids they are of, and lengths."""
-    keys, values = zip(*stored, strict=True)
-    held = kv_cache.append(cache.ids, ids[:, :, None, None], cache.lengths, valid)
-    return KVCache(keys, values, held, cache.lengths + valid)
 
 
 def _scalar(param: nnx.Param, index: int, like: Array) -> Float[Array, ""]:

@@ -173,6 +173,7 @@ def sweep(
                 "tokens_per_s": median(own, "tokens_per_s"),
                 "step_bytes": needed_bytes,
                 "roofline_share": needed_bytes / inter_token_s / bandwidth,
+                **memory_bytes(backend, batch_size, engines[name].max_length),
             }
         )
     for row in rows:
@@ -246,13 +247,27 @@ def _continuous(config: Config, backend: Backend, tokenizer: Tokenizer) -> float
 
 def step_bytes(config: Config, backend: Backend, batch_size: int) -> int:
     """Bytes that one decoding step reads at least, half-way through the replies."""
-    itemsize = 4 if "float32" in str(getattr(backend, "dtype", "float32")) else 2
+    itemsize = _itemsize(backend)
     counts = count_params(backend.config)
     weights = counts["matrices"] + counts["lm_head"]
     c = backend.config
     positions = config.prompt_tokens + config.new_tokens // 2
     seen = sum(min(positions, window + 1) for window in c.window_sizes)
     return itemsize * (weights + 2 * batch_size * seen * c.n_kv_head * c.head_dim)
+
+
+def memory_bytes(backend: Backend, slots: int, length: int) -> dict[str, int]:
+    """What the weights, and the keys and values of so many rows, take in the compute dtype."""
+    itemsize, c = _itemsize(backend), backend.config
+    entries = 2 * c.n_layer * slots * length * c.n_kv_head * c.head_dim
+    return {
+        "weight_bytes": itemsize * sum(count_params(c).values()),
+        "cache_bytes": itemsize * entries,
+    }
+
+
+def _itemsize(backend: Backend) -> int:
+    return 4 if "float32" in str(getattr(backend, "dtype", "float32")) else 2
 
 
 def measured_bandwidth(name: str) -> float:
@@ -296,7 +311,10 @@ def peak_host_bytes() -> int:
 
 
 def on_screen(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("backend", "batch", "first token ms", "per token ms", "tokens/s", "roofline", "x")
+    shown = Table(
+        *("backend", "batch", "first token ms", "per token ms", "tokens/s", "roofline"),
+        *("cache MB", "x"),
+    )
     for row in rows:
         shown.add_row(
             row["backend"],
@@ -305,6 +323,7 @@ def on_screen(rows: list[dict[str, Any]]) -> Table:
             f"{1000 * row['inter_token_s']:.2f}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['roofline_share']:.0%}",
+            f"{row['cache_bytes'] / 1e6:.1f}",
             f"{row['speed_ratio']:.2f}",
         )
     return shown

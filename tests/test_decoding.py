@@ -233,7 +233,13 @@ def test_nothing_compiles_after_warm_up():
     graphdef, params = split(make_perturbed(config))
     decoder = decoding.Decoder(graphdef, config)
     cache = kv_cache.make_cache(config, 2, LENGTH, jnp.dtype("float32"))
-    programs = (decoder._read, decoder._write, decoder._decode, decoder._copy_row)
+    programs = (
+        decoder._read,
+        decoder._write,
+        decoder._decode,
+        decoder._keep,
+        decoder._copy_row,
+    )
 
     def work(cache, row, length, sampling_params, stop_ids):
         cache, _ = decoder.prefill(params, cache, row, TEXT[:length], 0)

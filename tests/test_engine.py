@@ -413,7 +413,7 @@ def test_nothing_compiles_after_the_first_request():
     """Not even for the cache that the first step returns: it is where a new one is."""
     real_engine().complete(requests(8)[2:3])
     decoder = backend()._decoder
-    programs = (decoder._read, decoder._write, decoder._decode)
+    programs = (decoder._read, decoder._write, decoder._decode, decoder._keep)
     before = [program._cache_size() for program in programs]
     real_engine().complete(requests(8)[1:3])
     assert [program._cache_size() for program in programs] == before

@@ -35,6 +35,14 @@ def test_a_step_reads_every_matrix_and_what_the_windows_see():
     assert infer_bench.step_bytes(config, one, 3) == 4 * (matrices + head + cache)
 
 
+def test_memory_is_what_the_arrays_take():
+    one = backend()
+    told = infer_bench.memory_bytes(one, 3, 40)
+    assert told["weight_bytes"] == sum(x.nbytes for x in one.get_params().values())
+    cache = one.new_cache(3, 40)
+    assert told["cache_bytes"] == sum(x.nbytes for x in (*cache.keys, *cache.values))
+
+
 def test_values_out_of_range_are_named():
     with pytest.raises(ValueError, match="rounds=0"):
         infer_bench.Config(rounds=0)
@@ -50,5 +58,6 @@ def test_the_last_line_is_one_document_about_both_backends(capsys):
         assert row["tokens_per_s"] > 0
         assert row["inter_token_s"] * row["tokens_per_s"] == pytest.approx(row["batch_size"])
         assert 0 < row["roofline_share"] < 1.5
+        assert 0 < row["cache_bytes"] < row["weight_bytes"]
     assert document["continuous"].keys() == {"jax", "torch"}
     assert document["peak_host_bytes"] > 10**8
