@@ -87,8 +87,9 @@ cpu)
         --eval-every 250 --eval-tokens 65536 --sample-every 500 --save-every 250)
     loss=(--corpus embedded --split-tokens 131072)
     eval=(--max-per-task 100)
-    # A tenth of the full mixtures' passes: 0.8 M and 0.4 M tokens.
-    mid=("${offline[@]}" --num-iterations 400 --init-lr-frac 0.5 --eval-tokens 32768 --save-every 100)
+    # 0.8 M and 0.4 M tokens, a fifth of the offline mixture and a third of its successor: at the
+    # base run's full rates that is enough for calculator, spelling and turns (LOG.md).
+    mid=("${offline[@]}" --num-iterations 400 --eval-tokens 32768 --save-every 100)
     sft=("${offline[@]}" --num-iterations 200 --eval-tokens 32768 --save-every 100)
     rl=("${offline[@]}" --num-iterations 60 --questions 8 --samples 8 --max-tokens 96 --slots 16
         --eval-every 30 --eval-questions 64 --save-every 20)

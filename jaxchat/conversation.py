@@ -64,6 +64,11 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> l
     return [*ids, tokenizer.special_id("assistant_start")]
 
 
+def crop_prompt(ids: Sequence[int], most: int) -> list[int]:
+    """A prompt in at most `most` tokens: bos, and of the rest the end, where the question is."""
+    return list(ids) if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]]
+
+
 def check_conversation(conversation: Conversation) -> None:
     """Raise ValueError, naming the message (counted from 0) and what is wrong with it.
 

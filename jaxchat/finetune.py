@@ -3,14 +3,14 @@
 The two stages differ in what they read and where they start, so a script brings a `Lesson` and its
 defaults, and everything else is here. What the options leave open is inherited from the run that
 the weights come from: batch sizes, learning rates, optimizer. Weight decay is off, as upstream's.
-Left out: what the conversations are (tasks/) and how they are packed (chat_loader.py).
+Left out: what the conversations are (tasks/) and how they are packed (chat_packing.py).
 """
 
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 from jaxchat import runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import Backend
-from jaxchat.chat_loader import ChatLoader, rows_per_epoch
+from jaxchat.chat_loader import ChatLoader
+from jaxchat.chat_packing import PackingStats, rows_per_epoch
 from jaxchat.checkpoint import (
     CheckpointStore,
     LoadedModel,
@@ -38,16 +39,16 @@ from jaxchat.config import (
 )
 from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
-from jaxchat.finetune_options import FinetuneOptions, Inherited
+from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
 from jaxchat.loss_eval import bits_per_byte
-from jaxchat.report import Report, Table
+from jaxchat.report import KeyValues, Report, Table
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, open_tracker, read_metrics
 from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
-from jaxchat.training_report import training_parts
+from jaxchat.training_report import series, training_parts
 
 SAMPLE_TOKENS = 64
 """Length of the replies that a run shows."""
@@ -85,6 +86,7 @@ class _Run:
     lesson: Lesson
     model: LoadedModel
     store: CheckpointStore
+    inherited: Inherited
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     plan: TrainingPlan
@@ -106,9 +108,15 @@ class _Run:
 
 def finetune(options: FinetuneOptions, lesson: Lesson) -> None:
     """Train the source's model on the lesson, save it, and add a section to the report."""
-    started = time.monotonic()
     run = _prepare(options, lesson)
-    backend, plan = run.backend, run.plan
+    with run.store.claim():
+        _train(run)
+
+
+def _train(run: _Run) -> None:
+    """The run, in a folder that no other process writes to."""
+    started = time.monotonic()
+    options, backend, plan = run.options, run.backend, run.plan
     loop = LoopConfig(
         num_iterations=plan.num_iterations,
         micro_batches=micro_batches(
@@ -135,19 +143,29 @@ def finetune(options: FinetuneOptions, lesson: Lesson) -> None:
         config=asdict(options),
         resume_step=start["step"],
     )
-    with _loader(run, lesson.train, plan.total_batch_size, start["loader"]) as loader:
+    with _train_loader(run, start["loader"]) as loader:
         stage = Stage(
             backend=backend,
             loader=loader,
             schedule=lambda step: schedule_at(step, run.schedule, plan),
             store=run.store,
             tracker=tracker,
-            meta={**run.facts, "run": start["run"], "config": _settled(run)},
+            meta={
+                **run.facts,
+                BASE_OPTIMIZER: asdict(run.inherited.optimizer),
+                "run": start["run"],
+                "config": _settled(run),
+            },
             evaluate=lambda: {"val/bpb": _validate(run)},
             sample=lambda: _show(_sample(run)),
+            agree=backend.agree,
         )
         result = run_loop(
-            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+            stage,
+            loop,
+            start_step=start["step"],
+            train_seconds=start["train_seconds"],
+            guard_state=start.get("guard"),
         )
     tracker.close()
     if result.interrupted:
@@ -162,7 +180,7 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
     )
     meta = model.meta
     inherited = Inherited.of(meta)
-    optimizer = _optimizer(options, inherited.optimizer)
+    optimizer = optimizer_of(options, inherited.optimizer)
     schedule = ScheduleConfig(
         warmup_steps=0,
         warmdown_ratio=options.warmdown_ratio,
@@ -203,26 +221,13 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         store=CheckpointStore(
             stage_directory(lesson.stage, model.tag), keep=options.keep_checkpoints
         ),
+        inherited=inherited,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
         device_batch_size=options.device_batch_size or inherited.device_batch_size,
         facts=facts,
     )
-
-
-def _optimizer(options: FinetuneOptions, inherited: OptimizerConfig) -> OptimizerConfig:
-    """The source's learning rates, where the options name no others, times `init_lr_frac`."""
-    base, wte, head = inherited, options.embedding_lr, options.unembedding_lr
-    if options.matrix_lr is not None:
-        base = replace(base, matrix_lr=options.matrix_lr)
-    if wte is not None:
-        base = replace(
-            base, wte=replace(base.wte, lr=wte), value_embeds=replace(base.value_embeds, lr=wte / 2)
-        )
-    if head is not None:
-        base = replace(base, lm_head=replace(base.lm_head, lr=head))
-    return base.scaled(options.init_lr_frac)
 
 
 def _settled(run: _Run) -> dict[str, Any]:
@@ -253,24 +258,31 @@ def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
         runtime.print0(f"continuing at step {start_step}")
 
 
-def _loader(
-    run: _Run, task: Task, batch_tokens: int, state: Mapping[str, Any] | None = None
-) -> ChatLoader:
+def _train_loader(run: _Run, state: Mapping[str, Any] | None) -> ChatLoader:
     return ChatLoader(
-        task,
+        run.lesson.train,
         run.tokenizer,
-        rows_per_batch=batch_tokens // run.sequence_len,
+        rows_per_batch=run.plan.total_batch_size // run.sequence_len,
         sequence_len=run.sequence_len,
         seed=run.options.seed,
+        process_index=run.backend.devices.process,
+        process_count=run.backend.devices.processes,
         state=state,
+        gather=run.backend.gather,
     )
 
 
 def _validate(run: _Run) -> float:
     """Bits per byte of what the model should say, on the first `eval_tokens` of validation."""
-    tokens = run.device_batch_size * run.backend.devices.count * run.sequence_len
-    batches = max(1, run.options.eval_tokens // tokens)
-    with _loader(run, run.lesson.val, tokens) as loader:
+    rows = run.device_batch_size * run.backend.devices.count
+    batches = max(1, run.options.eval_tokens // (rows * run.sequence_len))
+    with ChatLoader(
+        run.lesson.val,
+        run.tokenizer,
+        rows_per_batch=rows,
+        sequence_len=run.sequence_len,
+        seed=run.options.seed,
+    ) as loader:
         return bits_per_byte(run.backend, islice(loader, batches), run.tokenizer.token_bytes)
 
 
@@ -297,10 +309,11 @@ def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:
     settings = _settled(run) | {"hardware": run.backend.devices.description}
     parts, figures = training_parts(rows, settings, asdict(run.plan), samples, result.train_seconds)
     mixture = Table(["conversations of", "rows"], run.lesson.parts, "The mixture")
+    shares = {name: f"{100 * series(rows, name)[1][-1]:.2f}%" for name in PackingStats().shares()}
     Report(base_dir()).add(
         run.lesson.script,
         run.lesson.title,
-        [mixture, *parts],
+        [mixture, KeyValues(shares, "Packing: shares of conversations and of tokens"), *parts],
         wall_seconds=wall_seconds,
         figures=figures,
     )

@@ -1,7 +1,7 @@
 """What midtraining and finetuning can be told, and what they take over when they are not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from jaxchat import cli
@@ -35,7 +35,7 @@ class FinetuneOptions:
     matrix_lr: float | None = None
     """Learning rate of the matrices (Muon)."""
     init_lr_frac: float = 1.0
-    """Factor on every learning rate."""
+    """Factor on every learning rate, of those that the base run began with."""
     warmdown_ratio: float = 0.5
     """Share of the run over which the learning rate falls."""
     final_lr_frac: float = 0.0
@@ -73,22 +73,41 @@ class FinetuneOptions:
             )
 
 
+BASE_OPTIMIZER = "base_optimizer"
+"""Where the checkpoints of later stages say what the base run's optimizer was."""
+
+
 @dataclass(frozen=True)
 class Inherited:
     """What a checkpoint says of the run that made it; the project's defaults where it says nothing,
     as an imported one does."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The base run's, whatever stages lie between: their fractions are of the same rates."""
     total_batch_size: int = REFERENCE_BATCH_TOKENS
     device_batch_size: int = 32
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> "Inherited":
         known: dict[str, Any] = {}
-        if "optimizer" in meta:
-            known["optimizer"] = OptimizerConfig.from_dict(meta["optimizer"])
+        if optimizer := meta.get(BASE_OPTIMIZER, meta.get("optimizer")):
+            known["optimizer"] = OptimizerConfig.from_dict(optimizer)
         if "plan" in meta:
             known["total_batch_size"] = meta["plan"]["total_batch_size"]
         if "device_batch_size" in meta.get("config", {}):
             known["device_batch_size"] = meta["config"]["device_batch_size"]
         return cls(**known)
+
+
+def optimizer_of(options: FinetuneOptions, inherited: OptimizerConfig) -> OptimizerConfig:
+    """The source's learning rates, where the options name no others, times `init_lr_frac`."""
+    base, wte, head = inherited, options.embedding_lr, options.unembedding_lr
+    if options.matrix_lr is not None:
+        base = replace(base, matrix_lr=options.matrix_lr)
+    if wte is not None:
+        base = replace(
+            base, wte=replace(base.wte, lr=wte), value_embeds=replace(base.value_embeds, lr=wte / 2)
+        )
+    if head is not None:
+        base = replace(base, lm_head=replace(base.lm_head, lr=head))
+    return base.scaled(options.init_lr_frac)

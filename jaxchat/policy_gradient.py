@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxchat.backend import IGNORE, Backend
 from jaxchat.config import SamplingParams
-from jaxchat.conversation import render_for_completion
+from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.dataloader import Batch
 from jaxchat.engine import Engine
 from jaxchat.request import Completion, Request
@@ -64,7 +64,11 @@ class RolloutConfig:
 
 
 class RolloutLoader:
-    """An endless iterator of batches, each written by the backend's weights of that moment."""
+    """An endless iterator of batches, each written by the backend's weights of that moment.
+
+    Of several processes each writes all rollouts, as the weights are spread over all of them, and
+    hands out its share of the rows.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class RolloutLoader:
         config: RolloutConfig,
         *,
         seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """`state` continues where another loader's `state()` was taken."""
@@ -84,6 +90,7 @@ class RolloutLoader:
             )
         self._task, self._backend, self._tokenizer = task, backend, tokenizer
         self._config, self._seed = config, seed
+        self._share = slice(process_index, None, process_count)
         self._step = 0 if state is None else state["step"]
 
     def __enter__(self) -> Self:
@@ -104,10 +111,11 @@ class RolloutLoader:
         config = self._config
         questions = [self._task[i] for i in self._chosen()]
         first = self._step * config.questions
+        engine = Engine(self._backend, self._tokenizer, slots=min(config.slots, config.rows))
+        prompts = prompts_of(engine, questions, config)
         replies = sample_groups(
-            Engine(self._backend, self._tokenizer, slots=min(config.slots, config.rows)),
-            self._tokenizer,
-            questions,
+            engine,
+            prompts,
             config,
             seeds=[(self._seed << 32) + first + i for i in range(len(questions))],
         )
@@ -119,12 +127,12 @@ class RolloutLoader:
             np.float32,
         )
         self._step += 1
-        return rollout_batch(
-            [render_for_completion(self._tokenizer, question) for question in questions],
-            replies,
-            rewards,
-            max_length=self._backend.config.sequence_len,
+        batch = rollout_batch(prompts, replies, rewards, max_length=engine.max_length)
+        assert batch.weights is not None
+        inputs, targets, weights = (
+            rows[self._share] for rows in (batch.inputs, batch.targets, batch.weights)
         )
+        return Batch(inputs, targets, weights, batch.figures)
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -138,21 +146,31 @@ class RolloutLoader:
         return [int(i) for i in order[step * count : (step + 1) * count]]
 
 
+def prompts_of(
+    engine: Engine, questions: Sequence[Conversation], config: RolloutConfig
+) -> list[list[int]]:
+    """The questions as prompts that leave room for a reply, at most half of the context.
+
+    A longer one is cropped, as chat_eval crops it: no question ends a run.
+    """
+    most = engine.max_length - min(config.max_tokens, engine.max_length // 2)
+    return [crop_prompt(render_for_completion(engine.tokenizer, q), most) for q in questions]
+
+
 def sample_groups(
     engine: Engine,
-    tokenizer: Tokenizer,
-    questions: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
     config: RolloutConfig,
     *,
     seeds: Sequence[int],
 ) -> list[list[Completion]]:
-    """`config.samples` replies to each conversation, all of them in one queue of the engine."""
+    """`config.samples` replies to each prompt, all of them in one queue of the engine."""
     requests = [
-        Request(render_for_completion(tokenizer, q), config.params(seed), n=config.samples)
-        for q, seed in zip(questions, seeds, strict=True)
+        Request(ids, config.params(seed), n=config.samples)
+        for ids, seed in zip(prompts, seeds, strict=True)
     ]
     replies, n = engine.complete(requests), config.samples
-    return [replies[i * n : (i + 1) * n] for i in range(len(questions))]
+    return [replies[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 
 def rollout_batch(
@@ -212,11 +230,10 @@ def pass_at_k(
     replies of which c are right.
     """
     asked = [task[i] for i in range(min(questions, len(task)))]
-    slots = min(config.slots, len(asked) * config.samples)
+    engine = Engine(backend, tokenizer, slots=min(config.slots, len(asked) * config.samples))
     replies = sample_groups(
-        Engine(backend, tokenizer, slots=slots),
-        tokenizer,
-        asked,
+        engine,
+        prompts_of(engine, asked, config),
         config,
         seeds=[(seed << 32) + i for i in range(len(asked))],
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxchat.backend import Backend
 from jaxchat.config import SamplingParams
-from jaxchat.conversation import Conversation, render_for_completion
+from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.core_eval import bucket_length
 from jaxchat.engine import Engine
 from jaxchat.request import Completion, Request
@@ -208,12 +208,6 @@ def _complete(
 def _prompts(
     tokenizer: Tokenizer, problems: Sequence[Conversation], most: int
 ) -> tuple[list[list[int]], int]:
-    """Every prompt in at most `most` tokens, and how many had to be cropped for that.
-
-    What is cropped is the beginning of the text, after bos: a question ends with what is asked.
-    """
+    """Every prompt in at most `most` tokens, and how many had to be cropped for that."""
     prompts = [render_for_completion(tokenizer, problem) for problem in problems]
-    fitting = [
-        ids if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]] for ids in prompts
-    ]
-    return fitting, sum(len(ids) > most for ids in prompts)
+    return [crop_prompt(ids, most) for ids in prompts], sum(len(ids) > most for ids in prompts)

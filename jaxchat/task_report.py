@@ -69,12 +69,26 @@ def with_earlier_rows(
 
 def side_by_side(sections: Sequence[Section]) -> Table:
     """Accuracy with its interval by task (rows) and stage (columns)."""
-    found = {source: _rows_of(sections, source) for source in MODELS}
-    sources = [source for source in MODELS if found[source]]
-    tasks = dict.fromkeys(name for source in sources for name in found[source])
-    rows = [[task, *(_cell(found[source].get(task)) for source in sources)] for task in tasks]
+    found = _by_stage(sections)
+    rows = [[task, *(_cell(rows.get(task)) for rows in found.values())] for task in _tasks(found)]
     caption = "accuracy in percent [95% confidence interval] of problems; * is above guessing"
-    return Table(["task", *sources], rows, caption)
+    return Table(["task", *found], rows, caption)
+
+
+def manners(sections: Sequence[Section]) -> Table:
+    """By stage, how often generated replies ended and got an answer from the calculator."""
+    found = _by_stage(sections)
+    rows: list[Sequence[Value]] = []
+    for task in _tasks(found):
+        for share in ("ended", "called"):
+            cells = [_percent(_fact(stage.get(task), share)) for stage in found.values()]
+            if any(cell is not None for cell in cells):
+                rows.append([f"{task}: {share}", *cells])
+    caption = (
+        "shares of generated replies that ended by themselves within the room they had, and that "
+        "called the calculator and got an answer"
+    )
+    return Table(["replies", *found], rows, caption)
 
 
 def _row(result: ChatResult) -> list[Value]:
@@ -93,6 +107,20 @@ def _row(result: ChatResult) -> list[Value]:
 
 def _percent(value: Value) -> str | None:
     return f"{100 * value:.0f}%" if isinstance(value, int | float) else None
+
+
+def _by_stage(sections: Sequence[Section]) -> dict[str, dict[str, Sequence[Value]]]:
+    """Result rows by stage and task, for the stages that have any."""
+    found = {source: _rows_of(sections, source) for source in MODELS}
+    return {source: rows for source, rows in found.items() if rows}
+
+
+def _tasks(found: Mapping[str, Mapping[str, Sequence[Value]]]) -> list[str]:
+    return list(dict.fromkeys(name for rows in found.values() for name in rows))
+
+
+def _fact(row: Sequence[Value] | None, name: str) -> Value:
+    return None if row is None else row[COLUMNS.index(name)]
 
 
 def _rows_of(sections: Sequence[Section], source: str) -> dict[str, Sequence[Value]]:

@@ -27,6 +27,7 @@ from jaxchat.report import KeyValues, Report, Table, Text, Value
 from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
 from jaxchat.task_report import (
     compact,
+    manners,
     result_table,
     section_name,
     side_by_side,
@@ -101,8 +102,8 @@ def main(config: Config) -> None:
         wall_seconds=time.monotonic() - started,
         figures=summary | {str(r[0]): r[3] for r in table.rows if isinstance(r[3], float)},
     )
-    comparison = side_by_side(report.sections())
-    report.add("chat_eval", "Chat tasks by stage", [comparison])
+    comparison, replies = side_by_side(report.sections()), manners(report.sections())
+    report.add("chat_eval", "Chat tasks by stage", [comparison, replies])
     console.print(on_screen(comparison))
 
 

@@ -32,7 +32,7 @@ from jaxchat.config import (
     TrainingPlan,
     flops_per_token,
 )
-from jaxchat.finetune_options import Inherited
+from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
@@ -119,16 +119,24 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, measure, and add a section to the report."""
-    started = time.monotonic()
     source = config.data or default_source()
     task, judged = rl_tasks(source)
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )
+    store = CheckpointStore(stage_directory("rl", model.tag), keep=config.keep_checkpoints)
+    with store.claim():
+        train(config, model, store, task, judged)
+
+
+def train(
+    config: Config, model: LoadedModel, store: CheckpointStore, task: Task, judged: Task
+) -> None:
+    """The run, in a folder that no other process writes to."""
+    started = time.monotonic()
     plan, optimizer = plan_of(config, model, task)
     loop = loop_of(config, model, plan)
     facts = facts_of(config, model, task, plan, optimizer)
-    store = CheckpointStore(stage_directory("rl", model.tag), keep=config.keep_checkpoints)
     model.backend.start_training(optimizer, plan)
     restored = store.restore(model.backend, facts) if config.resume == "auto" else None
     start = restored or fresh_start()
@@ -150,6 +158,8 @@ def main(config: Config) -> None:
         model.tokenizer,
         config.rollouts(),
         seed=config.seed,
+        process_index=model.backend.devices.process,
+        process_count=model.backend.devices.processes,
         state=start["loader"],
     ) as loader:
         stage = Stage(
@@ -158,11 +168,21 @@ def main(config: Config) -> None:
             schedule=lambda step: schedule_at(step, SCHEDULE, plan),
             store=store,
             tracker=tracker,
-            meta=facts | {"run": start["run"], "config": asdict(config)},
+            meta=facts
+            | {
+                BASE_OPTIMIZER: asdict(Inherited.of(model.meta).optimizer),
+                "run": start["run"],
+                "config": asdict(config),
+            },
             evaluate=lambda: measure(config, model, judged),
+            agree=model.backend.agree,
         )
         result = run_loop(
-            stage, loop, start_step=start["step"], train_seconds=start["train_seconds"]
+            stage,
+            loop,
+            start_step=start["step"],
+            train_seconds=start["train_seconds"],
+            guard_state=start.get("guard"),
         )
     tracker.close()
     if result.interrupted:

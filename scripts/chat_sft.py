@@ -26,7 +26,7 @@ class Config(FinetuneOptions):
     source: Annotated[str, cli.arg(aliases=["-i"])] = "mid"
     """Stage of the model to start from: base, mid, sft or rl."""
     init_lr_frac: float = 0.2
-    """Factor on every learning rate: midtraining has already come down from its peak."""
+    """Factor on every learning rate, of those that the base run began with."""
     warmdown_ratio: float = 1.0
     """Share of the run over which the learning rate falls."""
 

@@ -63,11 +63,12 @@ def test_stages_end_up_side_by_side_in_the_report(trained, capsys):
     assert "no sandbox" in shown
     sections = {section.stage: section for section in Report(trained).sections()}
     assert {"chat_eval_mid", "chat_eval_sft", "chat_eval"} <= sections.keys()
-    (table,) = sections["chat_eval"].parts
+    table, replies = sections["chat_eval"].parts
     assert table.columns == ["task", "mid", "sft"]
     assert [row[0] for row in table.rows] == ["Arithmetic", "HumanEval"]
     assert table.rows[0][1:] == ["0.0 [0.0, 49.0] of 4"] * 2
     assert table.rows[1][1:] == [None, "skipped: no sandbox: no sandbox was asked for"]
+    assert [row[0] for row in replies.rows] == ["Arithmetic: ended", "Arithmetic: called"]
     text = render(Report(trained)).read_text()
     assert "## Chat tasks by stage" in text
     assert "| Arithmetic | 0 | 0 |" in text  # the summary

@@ -2,15 +2,17 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxchat import chat_loader
+from jaxchat import chat_packing
 from jaxchat.backend import IGNORE
-from jaxchat.chat_loader import ChatLoader, rows_per_epoch
+from jaxchat.chat_loader import ChatLoader
+from jaxchat.chat_packing import rows_per_epoch
 from jaxchat.conversation import render
 from jaxchat.dataloader import NUM_STREAMS, merge_states
 from jaxchat.tasks.base import Task
@@ -163,7 +165,7 @@ def test_one_pass_emits_every_conversation_whole_truncated_or_counted(sizes, see
 
 def test_nothing_waits_longer_than_the_buffer(monkeypatch):
     """Best fit alone would leave a middling conversation behind for as long as larger ones come."""
-    monkeypatch.setattr(chat_loader, "WAITING", 10)
+    monkeypatch.setattr(chat_packing, "WAITING", 10)
     middling = exchange("middling", "r" * 40)
     task = Given([middling, *(exchange(f"{i}", "r" * 80) for i in range(4000))])
     loader = loader_of(task, rows_per_batch=NUM_STREAMS)
@@ -204,8 +206,12 @@ def test_what_teaches_nothing_is_dropped_and_counted(capsys):
     assert stats.dropped == pytest.approx(0.75 * stats.conversations, rel=0.1)
     assert stats.malformed == pytest.approx(0.25 * stats.conversations, rel=0.2)
     warned = [line for line in capsys.readouterr().out.splitlines() if "is left out" in line]
-    assert len(warned) == chat_loader.WARNINGS
-    assert "given, conversation " in warned[0] and "role must be 'user'" in warned[0]
+    assert len(warned) == chat_packing.WARNINGS
+    assert re.match(r"warning: given\[\d+\] is left out: .*role must be 'user'", warned[0])
+    assert warned[-1].endswith("(more of them are only counted, in data/dropped)")
+    # a quarter of them is packed, and malformed ones do not keep the length from being foreseen
+    expected = 200 * len(render(TOKENIZER, good)[0]) / (0.97 * 101)
+    assert rows_per_epoch(task, TOKENIZER, sequence_len=100) == pytest.approx(expected)
 
 
 def test_statistics_count_what_is_in_the_batches():

@@ -262,6 +262,11 @@ def test_stages_stand_side_by_side():
         ["Arithmetic", None, "50.0 [40.4, 59.6] of 100 *"],
     ]
 
+    assert task_report.manners([sft, MID]).rows == [
+        ["Arithmetic: ended", None, "90%"],
+        ["Arithmetic: called", None, "80%"],
+    ]
+
 
 def test_a_terminal_gets_fewer_columns():
     result = ChatResult("Arithmetic", "generative", 0.0, 100, 50, ended=90, called=80, cropped=3)

@@ -91,9 +91,10 @@ def test_a_mixture_has_every_example_of_every_task_once(counts, seed):
     assert sorted(shown(mixture)) == sorted(everything)
     assert shown(mixture) == shown(TaskMixture(tasks, seed=seed))
     assert shown(TaskSequence(tasks)) == everything
-    for index in range(len(mixture)):
-        where = mixture.locate(index).replace("[", " ").removesuffix("]")
-        assert where == mixture[index]["messages"][0]["content"]
+    for part in (mixture, mixture[::2].shuffled(1), TaskMixture([mixture, mixture[1:]])):
+        for index in range(len(part)):
+            where = part.locate(index).replace("[", " ").removesuffix("]")
+            assert where == part[index]["messages"][0]["content"]
 
 
 def test_a_task_given_twice_counts_twice():
@@ -267,6 +268,9 @@ def test_a_table_of_another_shape_is_refused(base_dir):
     write_split("gsm8k", "train", [{"question": "?", "solution": "!"}])
     with pytest.raises(ValueError, match=r"train-00000-of-00001.parquet lacks the column.* answer"):
         GSM8K("train")
+    write_split("gsm8k", "test", [{"question": "?", "answer": a} for a in ("1", "2", None)])
+    with pytest.raises(ValueError, match=r"test-00000-of-00001.parquet .* column answer of row 2"):
+        GSM8K("test")
 
 
 def read_lines(path):
@@ -436,6 +440,7 @@ GOOD = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
     ("line", "problem"),
     [
         ("{", "not a line of JSON"),
+        ("[" * 100_000, "not a line of JSON"),  # where json gives up with a RecursionError
         ("hello", "not a line of JSON"),
         ('"hello"', r'must be \{"messages"'),
         ("{}", "at least one message"),
@@ -460,6 +465,7 @@ def test_files_of_conversations_are_read_as_they_are(tmp_path):
     as_list = json.dumps(json.loads(GOOD)["messages"])
     path.write_bytes(f"{GOOD}\r\n\n{as_list}".encode())
     assert list(CustomJSON(path)) == [json.loads(GOOD)] * 2
+    assert CustomJSON(path)[::-1].locate(0) == f"{path}:3"
     # a line separator of Unicode inside a string is no end of line
     path.write_text(GOOD.replace('"a"', '"a\u2028b"'))
     assert shown(CustomJSON(path)) == ["a\u2028b"]

@@ -91,6 +91,13 @@ class Task(ABC):
         order = np.asarray(self._order)
         return self._reordered(order[np.random.default_rng(seed).permutation(len(order))])
 
+    def locate(self, index: int) -> str:
+        """Where the conversation of this index comes from, for messages: `GSM8K[17]`."""
+        return self._locate(int(self._order[index]))
+
+    def _locate(self, example: int) -> str:
+        return f"{self.name}[{example}]"
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that name content and order."""
@@ -117,17 +124,20 @@ class TaskSequence(Task):
         return int(self._starts[-1])
 
     def _example(self, index: int) -> Conversation:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.tasks[number][index - int(self._starts[number])]
+        task, within = self._part(index)
+        return task[within]
 
     def _identity(self) -> str:
         return "sequence " + " ".join(task.fingerprint for task in self.tasks)
 
-    def locate(self, index: int) -> str:
-        """Where the conversation of this index comes from, for messages: `gsm8k/train[17]`."""
-        position = int(self._order[index])
-        number = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return f"{self.tasks[number].name}[{position - int(self._starts[number])}]"
+    def _locate(self, example: int) -> str:
+        task, index = self._part(example)
+        return task.locate(index)
+
+    def _part(self, example: int) -> tuple[Task, int]:
+        """The task that an example belongs to, and its index there."""
+        number = int(np.searchsorted(self._starts, example, side="right")) - 1
+        return self.tasks[number], example - int(self._starts[number])
 
 
 class TaskMixture(TaskSequence):

@@ -31,10 +31,9 @@ class CustomJSON(Task):
                 f"{self.path} does not exist; it should hold one conversation a line, "
                 '{"messages": [{"role": "user", "content": "..."}, ...]}'
             ) from error
-        numbered = enumerate(content.split(b"\n"), start=1)
-        self._conversations = [
-            _parse(line, f"{self.path}:{number}") for number, line in numbered if line.strip()
-        ]
+        lines = {n: line for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()}
+        self._lines = list(lines)
+        self._conversations = [_parse(line, f"{self.path}:{n}") for n, line in lines.items()]
         if not self._conversations:
             raise ValueError(f"{self.path} holds no conversation")
         self._digest = hashlib.sha256(content).hexdigest()
@@ -45,6 +44,9 @@ class CustomJSON(Task):
     def _example(self, index: int) -> Conversation:
         return self._conversations[index]
 
+    def _locate(self, example: int) -> str:
+        return f"{self.path}:{self._lines[example]}"
+
     def _identity(self) -> str:
         return self._digest
 
@@ -54,7 +56,7 @@ def _parse(line: bytes, where: str) -> Conversation:
         found: Any = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: brackets nested by the thousand
         raise ValueError(f"{where}: not a line of JSON ({error})") from error
     conversation = {"messages": found} if isinstance(found, list) else found
     try:

@@ -116,6 +116,11 @@ def _read(files: tuple[Path, ...], columns: tuple[str, ...]) -> pa.Table:
         if lacking:
             raise ValueError(f"{path} lacks the column(s) {', '.join(sorted(lacking))}")
     tables = [pq.read_table(path, columns=list(columns)) for path in files]
+    for path, table in zip(files, tables, strict=True):
+        for name in columns:
+            if table[name].null_count:
+                row = table[name].is_null().index(True).as_py()
+                raise ValueError(f"{path} has nothing in column {name} of row {row}")
     return pa.concat_tables(tables, promote_options="permissive")
 
 

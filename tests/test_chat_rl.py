@@ -1,0 +1,82 @@
+"""The script of reinforcement learning: what it pays for, writes down, and continues exactly."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxchat import cli
+from jaxchat.backend import backend_class
+from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.report import Report
+from jaxchat.tasks.arithmetic import Arithmetic
+from jaxchat.tracker import read_metrics
+from scripts import chat_rl
+from tests.test_finetune import make_base
+
+STEPS = 4
+
+
+class Lucky(Arithmetic):
+    """Pays for replies that begin with an even byte: half of what an untrained model says."""
+
+    def evaluate(self, problem, reply):
+        return bool(reply) and ord(reply[0]) % 2 == 0
+
+
+@pytest.fixture(params=["jax", "torch"])
+def backend(request, tmp_path, monkeypatch):
+    """The name of a backend; the base directory has a model of its making."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(chat_rl, "rl_tasks", lambda source: (Lucky("train", 40), Lucky("test", 20)))
+    make_base(tmp_path, request.param)
+    return request.param
+
+
+def run(backend, *words):
+    fixed = (
+        f"-i base -g tiny --num-iterations {STEPS} --questions 4 --samples 4 --max-tokens 4 "
+        f"--slots 8 --device-batch-size {1 if backend == 'jax' else 8} --lr-frac 1 --eval-every 2 "
+        f"--eval-questions 4 --eval-samples 4 --save-every 2 --backend {backend}"
+    ).split()
+    chat_rl.main(cli.parse(chat_rl.Config, [*fixed, *words]))
+    return CheckpointStore(stage_directory("rl", "tiny"), keep=9)
+
+
+def metrics(store, name):
+    rows = read_metrics(store.directory / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def params(store, backend):
+    return backend_class(backend).read(store.path(STEPS), optimizer=False).params
+
+
+def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
+    """The second half again, from the checkpoint before it: the same rollouts and weights."""
+    store = run(backend)
+    rewards, weights = metrics(store, "train/reward"), params(store, backend)
+    assert sorted(rewards) == [1, 2, 3, 4]
+    assert 0 < np.mean(list(rewards.values())) < 1
+    assert sorted(metrics(store, "val/pass@4")) == [0, 2, 4]
+    before = (
+        backend_class(backend)
+        .read(CheckpointStore(stage_directory("base", "tiny")).path(3), optimizer=False)
+        .params
+    )
+    assert any(not np.array_equal(value, before[name]) for name, value in weights.items())
+    sections = {section.stage: section for section in Report(tmp_path).sections()}
+    assert {"pass@1", "pass@2", "pass@4"} == set(sections["chat_rl"].figures)
+
+    shutil.rmtree(store.path(STEPS))
+    run(backend)
+    assert metrics(store, "train/reward") == rewards
+    for name, value in params(store, backend).items():
+        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+    with pytest.raises(ValueError, match=r"belongs to another run:\n.*temperature 1.0, now 0.5"):
+        run(backend, "--temperature", "0.5")
+
+
+def test_rollouts_must_divide_into_micro_batches(backend):
+    with pytest.raises(ValueError, match="are not a multiple of device_batch_size=3"):
+        run(backend, "--device-batch-size", "3")

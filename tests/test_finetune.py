@@ -1,0 +1,216 @@
+"""Midtraining and finetuning: what a stage inherits, learns, reports, and continues exactly."""
+
+import shutil
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxchat import loss
+from jaxchat.backend import IGNORE, backend_class
+from jaxchat.chat_loader import ChatLoader
+from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.conversation import render
+from jaxchat.finetune import Lesson, finetune
+from jaxchat.finetune_options import FinetuneOptions, Inherited, optimizer_of
+from jaxchat.report import KeyValues, Report, Table
+from jaxchat.tasks.arithmetic import Arithmetic
+from jaxchat.tasks.base import TaskMixture
+from jaxchat.tasks.customjson import IDENTITY, CustomJSON
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tracker import read_metrics
+from tests.test_chat_loader import Given
+from tests.test_conversation import SHAPES
+from torch_ref import loss as torch_loss
+
+TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
+STEPS, BASE_STEPS = 6, 3
+LENGTH, ROWS = 128, 8  # a row for each of the forced devices
+BASE_RATES = OptimizerConfig().scaled(10)  # so small a batch gets 4% of that
+BASE_PLAN = TrainingPlan(LENGTH * ROWS, BASE_STEPS, 0.1, 0.0, 0)
+
+
+def make_base(root, name):
+    """A base directory with a pretrained model, its optimizer state included."""
+    TOKENIZER.save(root / "tokenizer")
+    config = GPTConfig.from_depth(
+        1, aspect_ratio=32, head_dim=32, vocab_size=TOKENIZER.vocab_size, sequence_len=LENGTH
+    )
+    backend = backend_class(name)(config, dtype="float32")
+    backend.init(0)
+    backend.start_training(BASE_RATES, BASE_PLAN)
+    backend.set_optimizer_state(
+        {
+            key: np.full_like(value, BASE_STEPS if key.startswith("adam.count") else 1e-4)
+            for key, value in backend.get_optimizer_state().items()
+        }
+    )
+    store = CheckpointStore(stage_directory("base", "tiny"))
+    meta = {
+        "tokenizer": TOKENIZER.fingerprint,
+        "optimizer": asdict(BASE_RATES),
+        "plan": asdict(BASE_PLAN),
+        "config": {"device_batch_size": 8 // backend.devices.count},
+        "run": "of the base",
+    }
+    store.save(BASE_STEPS, backend, meta)
+    store.finish()
+
+
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def pretrained(request, tmp_path_factory):
+    """The name of a backend, and a base directory with a base model of its making."""
+    root = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXCHAT_BASE_DIR", str(root))
+        make_base(root, request.param)
+    return request.param, root
+
+
+@pytest.fixture
+def backend(pretrained, tmp_path, monkeypatch):
+    """The name of a backend; the base directory is a copy of the test's own."""
+    name, root = pretrained
+    shutil.copytree(root, tmp_path / "base")
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
+    return name
+
+
+def teach(backend, stage="mid", **changes):
+    """Train a stage on sums and on who the model is; its checkpoints."""
+    lesson = Lesson(
+        stage=stage,
+        script={"mid": "mid_train", "sft": "chat_sft"}[stage],
+        title="A lesson",
+        train=TaskMixture([Arithmetic("train", 60), CustomJSON(IDENTITY)], name="a mixture"),
+        val=Arithmetic("test", 20),
+        questions=("Who are you?",),
+    )
+    options = {"num_iterations": STEPS, "eval_every": 3, "eval_tokens": LENGTH * ROWS}
+    finetune(FinetuneOptions(backend=backend, model_tag="tiny", **(options | changes)), lesson)
+    return CheckpointStore(stage_directory(stage, "tiny"))
+
+
+def metrics(store, name):
+    rows = read_metrics(store.directory / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def test_a_stage_inherits_learns_and_reports(backend, tmp_path):
+    mid = teach(backend, init_lr_frac=0.5)
+    meta = mid.read_meta(STEPS)
+    assert meta["optimizer"] == asdict(BASE_RATES.scaled(0.5))
+    assert meta["plan"]["total_batch_size"] == BASE_PLAN.total_batch_size
+    assert meta["plan"]["weight_decay"] == 0.0
+    assert meta["source"] == {
+        "stage": "base",
+        "step": BASE_STEPS,
+        "run": "of the base",
+        "warm_start": False,
+    }
+    losses = metrics(mid, "train/loss")
+    assert losses[STEPS] < losses[1] - 0.2
+    for share in ("truncated", "dropped", "padding", "supervised"):
+        assert all(0 <= value <= 1 for value in metrics(mid, f"data/{share}").values())
+    assert metrics(mid, "data/truncated")[STEPS] > 0  # LENGTH is short for some conversations
+
+    sft = teach(backend, "sft", source="mid")
+    assert sft.read_meta(STEPS)["source"]["run"] == meta["run"]
+    # a fraction is one of the base run's rates, not of what midtraining made of them
+    assert sft.read_meta(STEPS)["optimizer"] == asdict(BASE_RATES)
+    sections = {section.stage: section for section in Report(tmp_path / "base").sections()}
+    assert {"mid_train", "chat_sft"} <= sections.keys()
+    mixture, packing = sections["mid_train"].parts[:2]
+    assert isinstance(mixture, Table) and isinstance(packing, KeyValues)
+    assert mixture.rows == [["Arithmetic", 60], ["identity.jsonl", len(CustomJSON(IDENTITY))]]
+    assert set(packing.values) == {
+        *("data/truncated", "data/dropped", "data/padding", "data/supervised")
+    }
+
+
+def test_a_stopped_stage_continues_exactly(backend):
+    """The second half again, from the checkpoint before it: the same losses, bit for bit."""
+    options = {"save_every": 2, "keep_checkpoints": 9}
+    store = teach(backend, **options)
+    losses, weights = metrics(store, "train/loss"), params(store, backend)
+    assert store.steps() == [2, 4, 6]
+    for step in (4, 6):
+        shutil.rmtree(store.path(step))
+    teach(backend, **options)
+    assert metrics(store, "train/loss") == losses
+    for name, value in params(store, backend).items():
+        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+    with pytest.raises(ValueError, match=r"belongs to another run:\n.*matrix_lr"):
+        teach(backend, matrix_lr=0.5)
+
+
+def params(store, backend):
+    return backend_class(backend).read(store.path(STEPS), optimizer=False).params
+
+
+def test_a_warm_start_takes_over_the_optimizer(backend):
+    """Adam's counts go on from the base run's; a cold start begins at 0."""
+    counts = {}
+    for warm in (True, False):
+        store = teach(backend, warm_start=warm, resume="never")
+        state = backend_class(backend).read(store.path(STEPS), optimizer=True).optimizer
+        counts[warm] = {int(v) for key, v in state.items() if key.startswith("adam.count")}
+    assert counts == {True: {BASE_STEPS + STEPS}, False: {STEPS}}
+
+
+def test_two_runs_cannot_share_a_folder(backend):
+    store = CheckpointStore(stage_directory("mid", "tiny"))
+    with store.claim(), pytest.raises(OSError, match="tiny"):
+        teach(backend)
+
+
+def test_options_override_what_is_inherited():
+    options = FinetuneOptions(matrix_lr=1.0, embedding_lr=2.0, unembedding_lr=3.0, init_lr_frac=0.5)
+    found = optimizer_of(options, BASE_RATES)
+    rates = (found.matrix_lr, found.wte.lr, found.value_embeds.lr, found.lm_head.lr)
+    assert rates == (0.5, 1.0, 0.5, 1.5)
+    assert found.x0_lambdas.lr == BASE_RATES.x0_lambdas.lr / 2
+    assert optimizer_of(FinetuneOptions(), BASE_RATES) == BASE_RATES
+    assert Inherited.of({}).optimizer == OptimizerConfig()  # an imported model says nothing
+    with pytest.raises(ValueError, match="init_lr_frac=0 must be above 0"):
+        FinetuneOptions(init_lr_frac=0)
+
+
+# --- what is learnt from --------------------------------------------------------------------------
+
+
+def jax_gradient(hidden, head, targets, weights):
+    rest = [jnp.asarray(x) for x in (head, targets, weights)]
+    gradient = jax.grad(lambda h: loss.cross_entropy(h, *rest, len(head), 15.0))
+    return np.asarray(gradient(jnp.asarray(hidden)))
+
+
+def torch_gradient(hidden, head, targets, weights):
+    h = torch.tensor(hidden, requires_grad=True)
+    arrays = (torch.tensor(x) for x in (head, targets, weights))
+    torch_loss.cross_entropy(h, *arrays, len(head), 15.0).backward()
+    return h.grad.numpy()
+
+
+@pytest.mark.parametrize("gradient", [jax_gradient, torch_gradient])
+@pytest.mark.parametrize("shape", ["system", "two exchanges", "tool", "tool with empty output"])
+def test_the_gradient_from_user_tokens_and_tool_output_is_exactly_zero(shape, gradient):
+    """A row of the packer through the loss: what each position hands back to the model."""
+    conversation, _ = SHAPES[shape]
+    task = Given([conversation])
+    with ChatLoader(task, TOKENIZER, rows_per_batch=1, sequence_len=100) as loader:
+        batch = next(loader)
+    rng = np.random.default_rng(0)
+    hidden, head = (
+        rng.normal(size=size).astype(np.float32)
+        for size in ((1, 100, 8), (TOKENIZER.vocab_size, 8))
+    )
+    weights = (batch.targets != IGNORE).astype(np.float32)
+    (rows,) = gradient(hidden, head, batch.targets, weights)
+    _, mask = render(TOKENIZER, conversation)
+    learnt = np.abs(rows[: len(mask) - 1]).sum(axis=-1) > 0
+    assert learnt.tolist() == [bool(m) for m in mask[1:]]
