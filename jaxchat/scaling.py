@@ -24,6 +24,9 @@ from jaxchat.tracker import METRICS, read_metrics
 CORE_CSV = "base_eval.csv"
 """What `scripts.base_eval` leaves in the folder of the checkpoint it has judged."""
 
+NEAR = 4.0
+"""How far from the best size, as a factor, the runs may lie that its parabola goes through."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -152,6 +155,8 @@ class Valley:
     """Bits per byte there."""
     coefficients: tuple[float, float, float]
     """Of bits per byte in ln N, the highest power first."""
+    sizes: tuple[int, int]
+    """The smallest and the largest N that it was fitted to."""
 
     def at(self, params: np.ndarray) -> np.ndarray:
         """The parabola's bits per byte at these sizes."""
@@ -159,28 +164,37 @@ class Valley:
 
 
 def fit_valley(runs: Sequence[Run]) -> Valley:
-    """The best size of one budget. ValueError unless the runs lie on both sides of it.
+    """The best size of one budget. ValueError unless it lies between sizes that have been run.
 
-    D there is interpolated between the runs, since attention makes C only nearly 6 N D.
+    The parabola goes through the runs within `NEAR` of the best one: a valley is one near its
+    bottom only. D at the bottom is interpolated, since attention makes C only nearly 6 N D.
     """
-    flops = runs[0].target_flops
-    sizes = np.log([run.scaling_params for run in runs])
-    if flops is None or len(set(sizes)) < 3:
-        raise ValueError(f"{len(set(sizes))} model sizes: a parabola takes three or more")
-    fit = np.polyfit(sizes, [run.val_bpb for run in runs], 2)
+    best = min(runs, key=lambda run: run.val_bpb)
+    low, high = best.scaling_params / NEAR, best.scaling_params * NEAR
+    near = sorted(
+        (run for run in runs if low <= run.scaling_params <= high),
+        key=lambda run: run.scaling_params,
+    )
+    sizes = np.log([run.scaling_params for run in near])
+    if best.target_flops is None or len(set(sizes)) < 3:
+        raise ValueError(
+            f"{len(set(sizes))} model sizes within a factor of {NEAR} of the best: a parabola "
+            "takes three"
+        )
+    fit = np.polyfit(sizes, [run.val_bpb for run in near], 2)
     bottom = -fit[1] / (2 * fit[0])
-    if fit[0] <= 0 or not sizes.min() <= bottom <= sizes.max():
-        side = "smaller" if runs[0].val_bpb < runs[-1].val_bpb else "larger"
-        raise ValueError(f"the runs of {flops:.3g} FLOPs do not bracket the best size: add {side}")
-    order = np.argsort(sizes)
-    log_tokens = np.log([run.tokens for run in runs])
-    tokens = np.interp(bottom, sizes[order], log_tokens[order])
+    if fit[0] <= 0 or not sizes[0] <= bottom <= sizes[-1]:
+        side = "smaller" if near[0].val_bpb < near[-1].val_bpb else "larger"
+        raise ValueError(
+            f"the runs of {best.target_flops:.3g} FLOPs do not bracket the best size: add {side}"
+        )
     return Valley(
-        flops=flops,
+        flops=best.target_flops,
         params=float(np.exp(bottom)),
-        tokens=float(np.exp(tokens)),
+        tokens=float(np.exp(np.interp(bottom, sizes, np.log([run.tokens for run in near])))),
         bpb=float(np.polyval(fit, bottom)),
         coefficients=(float(fit[0]), float(fit[1]), float(fit[2])),
+        sizes=(near[0].scaling_params, near[-1].scaling_params),
     )
 
 

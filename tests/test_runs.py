@@ -84,7 +84,7 @@ def test_a_parabola_comes_back_exactly():
         ([1.0, 1.1, 1.3, 1.6], "do not bracket the best size: add smaller"),
         ([1.6, 1.3, 1.1, 1.0], "do not bracket the best size: add larger"),
         ([1.0, 1.2, 1.2, 1.1], "do not bracket the best size"),  # a hill
-        ([1.0, 1.1], "2 model sizes: a parabola takes three"),
+        ([1.0, 1.1], "2 model sizes within a factor of 4.0 of the best: a parabola takes"),
     ],
 )
 def test_runs_that_show_no_valley_are_refused(bpb, message):
@@ -188,7 +188,7 @@ def test_the_notebook_recovers_a_known_law_and_writes_its_picture(base_dir, caps
             exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
     names["plt"].close("all")
     shown = capsys.readouterr().out
-    assert f"N (parameters) ~ C^{EXPONENT}, {EXPONENT} to {EXPONENT} without one size" in shown
+    assert f"N (parameters) ~ C^{EXPONENT}; without one size: {EXPONENT} to {EXPONENT} (" in shown
     tokens = float(re.search(r"D \(tokens\) ~ C\^([\d.]+)", shown)[1])
     assert tokens == pytest.approx(1 - EXPONENT, abs=0.05)  # attention: C is only nearly 6 N D
     assert "not used" not in shown
