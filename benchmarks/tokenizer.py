@@ -5,8 +5,9 @@
 
 The text is made from what the machine has: the embedded corpus and the sources of the installed
 Python packages, documents in turn. The peers are installed into an environment of their own by uv.
-Trials of all subjects take turns; the table shows medians, and how many times ours every other
-takes.
+Trials of all subjects take turns; the tables show medians, and how many times ours every other
+takes. Trainers that follow the same rule must learn the same ranks and encoders give the same ids,
+or there is no table.
 """
 
 import base64
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -25,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import rustbpe
-from benchmarks.tokenizer_trial import GPT4, documents
+from benchmarks.tokenizer_trial import GPT4, documents, measured
 from jaxchat import cli
 from jaxchat.artifacts import atomic_write, base_dir
 from jaxchat.dataset import open_corpus
@@ -99,6 +101,7 @@ def main(config: Config) -> None:
         lambda subject, pattern: ("encode", subject, sample, vocab, pattern, ranks),
     )
     console.print(encoding_table(sample.stat().st_size / 1e6, encoding))
+    console.print(one_letter_table(config.repeats))
 
 
 def peers(directory: Path) -> Path:
@@ -150,13 +153,18 @@ def write_ranks(path: Path, text: Path, vocab_size: int) -> Path:
 def run_trials(config, python, subjects, arguments) -> dict[tuple[str, str], Trial]:  # noqa: ANN001
     """Medians by name and pattern; the subjects take turns."""
     trials: dict[tuple[str, str], list[Trial]] = {}
+    digests: dict[str, str] = {}
     rounds = [subject for _ in range(config.repeats) for subject in subjects]
     for name, subject, pattern in track(rounds, "trials"):
         interpreter = sys.executable if name == OURS else str(python)
         command = [interpreter, str(TRIAL), *map(str, arguments(subject, pattern))]
         command += [""] * (8 - len(command))
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        trials.setdefault((name, pattern), []).append(json.loads(done.stdout))
+        trial = json.loads(done.stdout)
+        digest = trial.pop("digest", None)
+        if digest is not None and digests.setdefault(pattern, digest) != digest:
+            raise ValueError(f"the result of {name} on the {pattern} pattern differs from ours")
+        trials.setdefault((name, pattern), []).append(trial)
     return {key: medians(rows) for key, rows in trials.items()}
 
 
@@ -172,17 +180,29 @@ def training_table(config: Config, results: dict[tuple[str, str], Trial]) -> Tab
 
 
 def encoding_table(megabytes: float, results: dict[tuple[str, str], Trial]) -> Table:
-    table = Table(title=f"Encoding, {megabytes:.0f} MB, one thread: MB per CPU second")
-    speeds = {
-        key: {name: megabytes / trial[name] for name in ("first", "again")}
-        for key, trial in results.items()
-    }
-    fill(
-        table,
-        ("encoder", "pattern", "first pass", "repeated", "first x", "repeated x"),
-        speeds,
-        ("first", "again"),
-    )
+    table = Table(title=f"Encoding, {megabytes:.0f} MB, one thread")
+    names = ("first_wall", "first", "again_wall", "again", "peak_mb")
+    figures = ("first wall s", "CPU s", "repeated wall s", "CPU s", "peak MB")
+    ratios = ("wall x", "CPU x", "repeated wall x", "CPU x", "peak x")
+    fill(table, ("encoder", "pattern", *figures, *ratios), results, names)
+    return table
+
+
+def one_letter_table(repeats: int) -> Table:
+    """A megabyte of one character: a piece of a megabyte, or a million pieces."""
+    table = Table(title="A megabyte of one character, vocabulary 32768: wall seconds")
+    for column in ("character", "training", "encoding"):
+        table.add_column(column, justify="right")
+    for letter in "a -7":
+        text, rows = letter * 2**20, []
+        for _ in range(repeats):
+            tokenizer = rustbpe.Tokenizer()
+            with warnings.catch_warnings(action="ignore"):
+                train = measured(lambda: tokenizer.train_from_iterator([text], 32768))  # noqa: B023
+            encode = measured(lambda: tokenizer.encode_array(text))  # noqa: B023
+            rows.append({"train": train["wall"], "encode": encode["wall"]})
+        middle = medians(rows)
+        table.add_row(repr(letter), f"{middle['train']:.3f}", f"{middle['encode']:.3f}")
     return table
 
 

@@ -2,17 +2,19 @@
 
 Runs on any of the interpreters that the benchmark prepares, so it imports only what its subject
 needs. Arguments: subject, text file (documents separated by U+001D), vocabulary, pattern name, and
-for encoders a file of ranks. Prints one JSON object.
+for encoders a file of ranks. Prints one JSON object; "digest" is a hash of the ranks or the ids.
 """
 
 import base64
+import hashlib
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-import numpy  # noqa: F401  (encoders would import it inside their first measurement)
+import numpy
 
 GPT4 = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
@@ -21,7 +23,7 @@ GPT4 = (
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = {"gpt4": GPT4, "gpt2": GPT2}
 
-CHUNK_CHARS = 1 << 20
+CHUNK_CHARS = 1 << 16
 
 
 def documents(path: str) -> Iterator[str]:
@@ -42,16 +44,20 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def train(subject: str, path: str, vocab_size: int, pattern: str) -> dict[str, float]:
+Result = Mapping[str, float | str]
+
+
+def train(subject: str, path: str, vocab_size: int, pattern: str) -> Result:
     if subject == "rustbpe":
         import rustbpe
 
         tokenizer = rustbpe.Tokenizer()
-        return measured(
+        result = measured(
             lambda: tokenizer.train_from_iterator(
                 documents(path), vocab_size, pattern=PATTERNS[pattern]
             )
         )
+        return {**result, "peak_mb": peak_megabytes(), "digest": digest_of_ranks(tokenizer)}
     if subject == "gigabpe":
         import gigabpe  # pyrefly: ignore[missing-import]
 
@@ -73,7 +79,14 @@ def train(subject: str, path: str, vocab_size: int, pattern: str) -> dict[str, f
     raise ValueError(f"no trainer {subject!r}")
 
 
-def encoder(subject: str, ranks_path: str, pattern: str) -> Callable[[list[str]], object]:
+def digest_of_ranks(tokenizer: Any) -> str:
+    ranks = sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return hashlib.sha256(b"".join(b"%d %b" % (rank, bytes(t)) for t, rank in ranks)).hexdigest()
+
+
+def encoder(
+    subject: str, ranks_path: str, pattern: str
+) -> Callable[[list[str]], Iterable[Iterable[int]]]:
     """A function that encodes documents one after the other on one thread."""
     if subject == "gigatoken":
         import gigatoken  # pyrefly: ignore[missing-import]
@@ -98,11 +111,20 @@ def encoder(subject: str, ranks_path: str, pattern: str) -> Callable[[list[str]]
     raise ValueError(f"no encoder {subject!r}")
 
 
-def encode(subject: str, path: str, pattern: str, ranks_path: str) -> dict[str, float]:
+def encode(subject: str, path: str, pattern: str, ranks_path: str) -> Result:
     texts = list(documents(path))
     run = encoder(subject, ranks_path, pattern)
     first, again = measured(lambda: run(texts)), measured(lambda: run(texts))
-    return {"first": first["cpu"], "again": again["cpu"], "wall": first["wall"]}
+    times = {"first": first["cpu"], "again": again["cpu"]}
+    walls = {"first_wall": first["wall"], "again_wall": again["wall"]}
+    return {**times, **walls, "peak_mb": peak_megabytes(), "digest": digest_of_ids(run(texts))}
+
+
+def digest_of_ids(encoded: Iterable[Iterable[int]]) -> str:
+    digest = hashlib.sha256()
+    for ids in encoded:
+        digest.update(numpy.asarray(ids, numpy.uint32).tobytes() + b"|")
+    return digest.hexdigest()
 
 
 def peak_megabytes() -> float:
@@ -120,7 +142,7 @@ def main(task: str, subject: str, path: str, vocab_size: str, pattern: str, rank
         result = train(subject, path, int(vocab_size), pattern)
     else:
         result = encode(subject, path, pattern, ranks)
-    print(json.dumps({**result, "peak_mb": peak_megabytes()}))
+    print(json.dumps({"peak_mb": peak_megabytes(), **result}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import codecs
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -103,9 +104,12 @@ class Tokenizer:
             )
         trainer = rustbpe.Tokenizer()
         well_formed = (_well_formed(text) for text in texts)
-        trainer.train_from_iterator(
-            well_formed, vocab_size - len(SPECIAL_NAMES), pattern=pattern, progress=progress
-        )
+        with warnings.catch_warnings():
+            # said by the result's size: scripts/tok_train.py tells the user and the report
+            warnings.filterwarnings("ignore", message="the texts are too small for a vocabulary")
+            trainer.train_from_iterator(
+                well_formed, vocab_size - len(SPECIAL_NAMES), pattern=pattern, progress=progress
+            )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         if len(ranks) == 256 and vocab_size > MIN_VOCAB_SIZE:
             raise ValueError(

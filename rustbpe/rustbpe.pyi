@@ -39,10 +39,12 @@ class Tokenizer:
         result depends on neither `threads` nor `buffer_size` (texts taken at a time) nor the order
         of the texts. `pattern` defaults to GPT-4's. `progress(stage, done, total)` is called now
         and then: "counting" texts, then "merging" pairs. Ctrl-C interrupts; the vocabulary then
-        stays what it was.
+        stays what it was. A UserWarning says when the texts are too small for `vocab_size`.
 
-        ValueError for a vocabulary below 256, a pattern that is empty, wrong or does not cover the
-        texts; TypeError for an item that is not a str; what the iterator raises goes through.
+        ValueError for a vocabulary below 256, a buffer or `threads` below 1, a pattern that is
+        empty, wrong or does not cover the texts; TypeError for an item that is not a str; what the
+        iterator raises goes through. Texts from files: iterate over them, as
+        `jaxchat.dataset` does over parquet, jsonl and txt.
         """
 
     def get_pattern(self) -> str: ...

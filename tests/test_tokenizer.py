@@ -14,10 +14,13 @@ from pydoc_data import topics
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxchat import dataset
 from jaxchat.tokenizer import (
     HUGGING_FACE_FILE,
     MIN_VOCAB_SIZE,
@@ -338,6 +341,26 @@ def test_tok_train_says_when_the_corpus_is_too_small(base, capsys):
     assert f"The corpus is too small for 5,000 tokens: no pair is left to merge after {size}" in (
         " ".join(capsys.readouterr().out.split())
     )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "txt"])
+def test_tok_train_learns_from_files(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    texts = [text for text in corpus() if text.strip()]
+    if kind == "parquet":  # the last file is for validation
+        pq.write_table(pa.table({"text": texts}), folder / "0.parquet", row_group_size=7)
+        pq.write_table(pa.table({"text": ["unseen"]}), folder / "1.parquet")
+        learned = texts
+    else:  # a document each, some of which are for validation
+        for number, text in enumerate(texts):
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8", newline="")
+        learned = list(dataset.open_corpus(str(folder)).iter_texts("train"))
+        assert len(learned) > len(texts) / 2
+    tok_train.main(tok_train.Config(vocab_size=500, doc_cap=10**6, corpus=str(folder)))
+    expected = Tokenizer.train(iter(learned), vocab_size=500).fingerprint
+    assert Tokenizer.load(tmp_path / "base/tokenizer").fingerprint == expected
 
 
 def test_reading_stops_at_max_chars_and_crops_documents():

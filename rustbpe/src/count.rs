@@ -5,15 +5,31 @@
 //! the first is needed, which lets the processor wait for all of them at once.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::key::{hash_key, pack, unpack, FoldState, BATCH, INLINE};
 use crate::{Result, Splitter};
 
+/// 24 bytes: a `u128` would be aligned to 16 and take 32.
 #[derive(Clone, Copy, Default)]
 struct Slot {
-    /// 0 where the slot is free.
-    key: u128,
+    /// The low and the high half of a piece's key; 0 where the slot is free.
+    key: [u64; 2],
     count: u64,
+}
+
+impl Slot {
+    fn is_free(&self) -> bool {
+        self.key[1] == 0
+    }
+
+    fn packed(&self) -> u128 {
+        u128::from(self.key[1]) << 64 | u128::from(self.key[0])
+    }
+}
+
+fn halves(key: u128) -> [u64; 2] {
+    [key as u64, (key >> 64) as u64]
 }
 
 /// Distinct pieces and their counts.
@@ -34,13 +50,23 @@ impl PieceCounts {
     ///
     /// O(bytes). Errors as `Splitter::for_each` does; some pieces may then have been counted.
     pub fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<()> {
+        self.add_text_until(splitter, text, &AtomicBool::new(false))
+    }
+
+    /// The same, given up soon after `stop` is set.
+    pub fn add_text_until(
+        &mut self,
+        splitter: &Splitter,
+        text: &str,
+        stop: &AtomicBool,
+    ) -> Result<()> {
         let bytes = text.as_bytes();
         let mut batch = [(0_u128, 0_usize); BATCH];
         let mut waiting = 0;
-        splitter.for_each(text, |start, end| {
+        splitter.for_each_while(text, |start, end| {
             if end - start > INLINE {
                 self.add_long(&bytes[start..end], 1);
-                return;
+                return true;
             }
             let key = pack(bytes, start, end);
             batch[waiting] = (key, hash_key(key));
@@ -48,7 +74,9 @@ impl PieceCounts {
             if waiting == BATCH {
                 self.add_batch(&batch);
                 waiting = 0;
+                return !stop.load(Ordering::Relaxed);
             }
+            true
         })?;
         self.add_batch(&batch[..waiting]);
         Ok(())
@@ -64,12 +92,15 @@ impl PieceCounts {
         }
     }
 
-    /// Add the counts of another table.
-    pub fn merge(&mut self, other: Self) {
-        for slot in other.slots.into_iter().filter(|slot| slot.key != 0) {
-            self.add_key(slot.key, hash_key(slot.key), slot.count);
+    /// Take the counts of another table, which is empty then and keeps its room.
+    pub fn take(&mut self, other: &mut Self) {
+        for slot in other.slots.iter_mut().filter(|slot| !slot.is_free()) {
+            let Slot { count, .. } = *slot;
+            self.add_key(slot.packed(), hash_key(slot.packed()), count);
+            *slot = Slot::default();
         }
-        for (piece, count) in other.long {
+        other.used = 0;
+        for (piece, count) in other.long.drain() {
             *self.long.entry(piece).or_default() += count;
         }
     }
@@ -86,8 +117,8 @@ impl PieceCounts {
 
     /// Call `visit(piece, count)` for every piece, in no particular order.
     pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
-        for slot in self.slots.iter().filter(|slot| slot.key != 0) {
-            let (bytes, length) = unpack(slot.key);
+        for slot in self.slots.iter().filter(|slot| !slot.is_free()) {
+            let (bytes, length) = unpack(slot.packed());
             visit(&bytes[..length], slot.count);
         }
         for (piece, &count) in &self.long {
@@ -108,6 +139,7 @@ impl PieceCounts {
     #[inline(always)]
     fn add_key(&mut self, key: u128, hash: usize, count: u64) {
         let mask = self.slots.len() - 1;
+        let key = halves(key);
         let mut at = hash & mask;
         loop {
             let slot = &mut self.slots[at];
@@ -115,7 +147,7 @@ impl PieceCounts {
                 slot.count += count;
                 return;
             }
-            if slot.key == 0 {
+            if slot.is_free() {
                 *slot = Slot { key, count };
                 self.used += 1;
                 if self.used * 4 > self.slots.len() * 3 {
@@ -141,9 +173,9 @@ impl PieceCounts {
         let doubled = vec![Slot::default(); 2 * self.slots.len()];
         let old = std::mem::replace(&mut self.slots, doubled);
         let mask = self.slots.len() - 1;
-        for slot in old.into_iter().filter(|slot| slot.key != 0) {
-            let mut at = hash_key(slot.key) & mask;
-            while self.slots[at].key != 0 {
+        for slot in old.into_iter().filter(|slot| !slot.is_free()) {
+            let mut at = hash_key(slot.packed()) & mask;
+            while !self.slots[at].is_free() {
                 at = (at + 1) & mask;
             }
             self.slots[at] = slot;
@@ -173,7 +205,8 @@ mod tests {
         once.add_text(&splitter, &text).unwrap();
         twice.add_text(&splitter, &text).unwrap();
         twice.add_text(&splitter, &text).unwrap();
-        once.merge(twice);
+        once.take(&mut twice);
+        assert!(twice.is_empty());
         let mut found = BTreeMap::new();
         once.for_each(|piece, count| assert!(found.insert(piece.to_vec(), count).is_none()));
         assert_eq!(found, expected);

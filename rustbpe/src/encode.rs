@@ -1,85 +1,42 @@
-//! The encoder: pieces to ids by merging the lowest-ranked pair first, exactly as tiktoken does.
+//! The encoder: texts to ids, exactly as tiktoken does it, and back.
 //!
 //! Two tokens may merge when their bytes together are a token, whichever pair that token was
 //! learned from; a piece that is a token is that token. The one idea is in `memo.rs`: most pieces
-//! are looked up. Any input takes O(n log n) time in the bytes of its longest piece.
+//! are looked up, `BATCH` at a time so that their cache misses overlap. Any input takes linear time.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
-use crate::key::{hash_key, pack, FoldState, BATCH, INLINE};
+use crate::key::{hash_key, pack, BATCH, INLINE};
 use crate::memo::Memo;
-use crate::pairs::{pack_pair, PairTable};
+use crate::merge::{Parts, Ranks};
+use crate::parallel::on_threads;
+use crate::vocabulary::{check, Tokens};
 use crate::{Pair, Result, Splitter};
 
-/// No merge, or no position.
-const NONE: u32 = u32::MAX;
-/// Up to this many bytes a piece is merged by looking at all of it for every merge.
-const SHORT: usize = 48;
 /// Bytes of text that a thread takes at a time.
 const SHARE: usize = 1 << 18;
+/// Longest text: places in it have 32 bits.
+const LONGEST: usize = u32::MAX as usize - 1;
 
 /// A vocabulary that encodes and decodes. Safe to share between threads.
 pub struct Encoder {
     splitter: Splitter,
     tokens: Tokens,
-    ranks: PairTable,
-    /// Ranks of pairs of bytes, `NONE` where they are no token.
-    byte_ranks: Vec<u32>,
+    ranks: Ranks,
     fresh: Memo,
     idle: Mutex<Vec<Memo>>,
 }
 
-/// The bytes of every token, in order of rank.
-struct Tokens {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
-impl Tokens {
-    fn len(&self) -> usize {
-        self.ends.len()
-    }
-
-    fn push(&mut self, parts: &[&[u8]]) {
-        parts.iter().for_each(|part| self.bytes.extend_from_slice(part));
-        self.ends.push(self.bytes.len());
-    }
-
-    fn get(&self, id: usize) -> &[u8] {
-        let start = if id == 0 { 0 } else { self.ends[id - 1] };
-        &self.bytes[start..self.ends[id]]
-    }
-}
-
-/// Ranks by the bytes of tokens.
-struct Known<'a> {
-    ranks: HashMap<&'a [u8], u32, FoldState>,
-    /// Every length that a token has, ascending.
-    lengths: Vec<usize>,
-}
-
-impl<'a> Known<'a> {
-    fn new(tokens: &'a [Vec<u8>]) -> Self {
-        let ranks = tokens.iter().zip(0..).map(|(token, rank)| (&token[..], rank)).collect();
-        let lengths: BTreeSet<usize> = tokens.iter().map(Vec::len).collect();
-        Self { ranks, lengths: lengths.into_iter().collect() }
-    }
-
-    /// Every pair of tokens that together are `token`.
-    ///
-    /// Only cuts at the length of a token are tried: a token may be a megabyte long.
-    fn halves<'b>(&'b self, token: &'b [u8]) -> impl Iterator<Item = (u32, u32)> + 'b {
-        let shorter = self.lengths.iter().take_while(|&&length| length < token.len());
-        shorter.filter_map(|&length| {
-            self.lengths.binary_search(&(token.len() - length)).ok()?;
-            let (left, right) = token.split_at(length);
-            Some((*self.ranks.get(left)?, *self.ranks.get(right)?))
-        })
-    }
+/// A piece whose slot in the memo is on its way.
+#[derive(Clone, Copy, Default)]
+struct Waiting {
+    /// 0 for a piece of more than `INLINE` bytes.
+    key: u128,
+    hash: usize,
+    start: usize,
+    end: usize,
 }
 
 impl Encoder {
@@ -97,38 +54,14 @@ impl Encoder {
     /// Errors when the first 256 are not the single bytes, or when a token occurs twice or cannot
     /// be merged from two tokens.
     pub fn from_tokens(splitter: Splitter, tokens: &[Vec<u8>]) -> Result<Self> {
-        if tokens.len() < 256 || (0..256).any(|byte| tokens[byte] != [byte as u8]) {
-            return Err("the first 256 tokens must be the single bytes in order".into());
-        }
-        let known = Known::new(tokens);
-        for (rank, token) in tokens.iter().enumerate().skip(256) {
-            let last = known.ranks[&token[..]];
-            if last as usize != rank {
-                return Err(format!("token {rank} occurs again as token {last}"));
-            }
-            if known.halves(token).next().is_none() {
-                return Err(format!("token {rank} is not the merge of two tokens"));
-            }
-        }
+        check(tokens)?;
         Ok(Self::new(splitter, tokens))
     }
 
     fn new(splitter: Splitter, tokens: &[Vec<u8>]) -> Self {
-        let known = Known::new(tokens);
-        let mut ranks = PairTable::with_capacity(2 * tokens.len());
-        let mut byte_ranks = vec![NONE; 1 << 16];
-        let mut flat = Tokens { bytes: Vec::new(), ends: Vec::new() };
-        for (rank, token) in tokens.iter().enumerate() {
-            flat.push(&[token]);
-            for (left, right) in known.halves(token) {
-                ranks.add(pack_pair(left, right), rank as u64);
-                if left < 256 && right < 256 {
-                    byte_ranks[(left << 8 | right) as usize] = rank as u32;
-                }
-            }
-        }
+        let (ranks, flat) = Ranks::new(tokens);
         let fresh = Memo::new(tokens.iter().map(|token| &token[..]));
-        Self { splitter, tokens: flat, ranks, byte_ranks, fresh, idle: Mutex::default() }
+        Self { splitter, tokens: flat, ranks, fresh, idle: Mutex::default() }
     }
 
     /// The split pattern.
@@ -156,7 +89,7 @@ impl Encoder {
         let shares = shares(texts);
         let threads = threads.clamp(1, shares.len().max(1));
         let next = AtomicUsize::new(0);
-        let work = || {
+        let parts = on_threads(threads, |_| {
             self.with_memo(|memo| {
                 let mut done = Vec::new();
                 while let Some(range) = shares.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -166,17 +99,10 @@ impl Encoder {
                 }
                 Ok(done)
             })
-        };
-        let parts: Result<Vec<_>> = thread::scope(|scope| {
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut parts = vec![work()];
-            for other in others {
-                parts.push(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
-            parts.into_iter().collect()
         });
+        let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
         let mut encoded = vec![Vec::new(); texts.len()];
-        for (index, ids) in parts?.into_iter().flatten() {
+        for (index, ids) in parts.into_iter().flatten() {
             encoded[index] = ids;
         }
         Ok(encoded)
@@ -205,20 +131,23 @@ impl Encoder {
 
     fn encode_with(&self, memo: &mut Memo, text: &str) -> Result<Vec<u32>> {
         let bytes = text.as_bytes();
+        if bytes.len() > LONGEST {
+            return Err(format!("a text of {} bytes is too long: encode it in parts", bytes.len()));
+        }
         let mut ids = Vec::with_capacity(bytes.len() / 3 + 8);
-        let mut batch = [(0_u128, 0_usize, 0_usize, 0_usize); BATCH];
+        let mut batch = [Waiting::default(); BATCH];
         let mut waiting = 0;
-        let mut work = Work::default();
+        let mut parts = Parts::new();
         self.splitter.for_each(text, |start, end| {
             let key = if end - start > INLINE { 0 } else { pack(bytes, start, end) };
-            batch[waiting] = (key, hash_key(key), start, end);
+            batch[waiting] = Waiting { key, hash: hash_key(key), start, end };
             waiting += 1;
             if waiting == BATCH {
-                self.encode_pieces(memo, bytes, &batch, &mut work, &mut ids);
+                self.encode_pieces(memo, bytes, &batch, &mut parts, &mut ids);
                 waiting = 0;
             }
         })?;
-        self.encode_pieces(memo, bytes, &batch[..waiting], &mut work, &mut ids);
+        self.encode_pieces(memo, bytes, &batch[..waiting], &mut parts, &mut ids);
         Ok(ids)
     }
 
@@ -227,116 +156,30 @@ impl Encoder {
         &self,
         memo: &mut Memo,
         text: &[u8],
-        pieces: &[(u128, usize, usize, usize)],
-        work: &mut Work,
+        pieces: &[Waiting],
+        parts: &mut Parts,
         ids: &mut Vec<u32>,
     ) {
         // reading the slots ahead is what overlaps the misses; the sum keeps the reads alive
-        let touched = pieces.iter().fold(0, |all, piece| all ^ memo.touch(piece.1));
+        let touched = pieces.iter().fold(0, |all, piece| all ^ memo.touch(piece.hash));
         std::hint::black_box(touched);
-        for &(key, hash, start, end) in pieces {
+        for &Waiting { key, hash, start, end } in pieces {
             let first = ids.len();
             if key != 0 {
                 if !memo.recall(key, hash, ids) {
-                    self.merge_piece(&text[start..end], work, ids);
+                    self.ranks.merge(&text[start..end], parts, ids);
                     memo.learn(key, hash, &ids[first..]);
                 }
             } else if !memo.recall_long(&text[start..end], ids) {
-                self.merge_piece(&text[start..end], work, ids);
+                self.ranks.merge(&text[start..end], parts, ids);
                 memo.learn_long(&text[start..end], &ids[first..]);
             }
         }
     }
-
-    /// Merge until no two neighbours are a token; of equal ranks the leftmost first.
-    #[cold]
-    fn merge_piece(&self, piece: &[u8], work: &mut Work, out: &mut Vec<u32>) {
-        if piece.len() <= SHORT {
-            self.merge_short(piece, &mut work.parts, out);
-        } else {
-            self.merge_long(piece, out);
-        }
-    }
-
-    /// O(n^2) in bytes, for few of them: everything is in the first cache.
-    fn merge_short(&self, piece: &[u8], parts: &mut Vec<(u32, u32)>, out: &mut Vec<u32>) {
-        parts.clear();
-        parts.extend(piece.iter().enumerate().map(|(at, &byte)| {
-            let rank = match piece.get(at + 1) {
-                Some(&next) => self.byte_ranks[usize::from(byte) << 8 | usize::from(next)],
-                None => NONE,
-            };
-            (u32::from(byte), rank)
-        }));
-        while let Some((at, rank)) = lowest(parts) {
-            parts[at].0 = rank;
-            parts.remove(at + 1);
-            parts[at].1 = parts.get(at + 1).map_or(NONE, |next| self.rank(rank, next.0));
-            if at > 0 {
-                parts[at - 1].1 = self.rank(parts[at - 1].0, rank);
-            }
-        }
-        out.extend(parts.iter().map(|part| part.0));
-    }
-
-    /// O(n log n) in bytes: a heap of pairs over a doubly linked list.
-    fn merge_long(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let n = piece.len() as u32;
-        let mut ids: Vec<u32> = piece.iter().map(|&byte| u32::from(byte)).collect();
-        let mut next: Vec<u32> = (1..=n).collect();
-        let mut previous: Vec<u32> = (0..n).map(|at| at.wrapping_sub(1)).collect();
-        let rank_at = |ids: &[u32], left: u32, right: u32| {
-            let rank = self.rank(ids[left as usize], ids[right as usize]);
-            (rank != NONE).then_some(Reverse((rank, left)))
-        };
-        let first: Vec<_> = (1..n).filter_map(|right| rank_at(&ids, right - 1, right)).collect();
-        let mut heap = BinaryHeap::from(first);
-        while let Some(Reverse((rank, left))) = heap.pop() {
-            let at = left as usize;
-            let right = next[at];
-            if ids[at] == NONE || right == n || self.rank(ids[at], ids[right as usize]) != rank {
-                continue; // one of the two has been merged away
-            }
-            ids[at] = rank;
-            ids[right as usize] = NONE;
-            next[at] = next[right as usize];
-            if next[at] < n {
-                previous[next[at] as usize] = left;
-                heap.extend(rank_at(&ids, left, next[at]));
-            }
-            if previous[at] != NONE {
-                heap.extend(rank_at(&ids, previous[at], left));
-            }
-        }
-        out.extend(ids.into_iter().filter(|&id| id != NONE));
-    }
-
-    #[inline(always)]
-    fn rank(&self, left: u32, right: u32) -> u32 {
-        self.ranks.get(pack_pair(left, right)).map_or(NONE, |rank| rank as u32)
-    }
-}
-
-/// Memory that is used again from piece to piece.
-#[derive(Default)]
-struct Work {
-    /// Id, and rank of its merge with the next.
-    parts: Vec<(u32, u32)>,
-}
-
-/// The place of the lowest rank, the leftmost of equals; None when nothing merges.
-fn lowest(parts: &[(u32, u32)]) -> Option<(usize, u32)> {
-    let (mut place, mut rank) = (0, NONE);
-    for (at, part) in parts.iter().enumerate() {
-        if part.1 < rank {
-            (place, rank) = (at, part.1);
-        }
-    }
-    (rank != NONE).then_some((place, rank))
 }
 
 /// Consecutive texts of about `SHARE` bytes together.
-fn shares(texts: &[&str]) -> Vec<std::ops::Range<usize>> {
+fn shares(texts: &[&str]) -> Vec<Range<usize>> {
     let (mut found, mut start, mut bytes) = (Vec::new(), 0, 0);
     for (index, text) in texts.iter().enumerate() {
         bytes += text.len() + 64;
@@ -367,16 +210,12 @@ mod tests {
     const TEXT: &str = "the theatre there, then thence: abcabcabcabd abab 1234 aaaaaaa bananas";
 
     #[test]
-    fn short_long_and_remembered_pieces_give_the_same_ids() {
+    fn what_is_remembered_is_what_was_merged() {
         let encoder = encoder(&TEXT.repeat(3), 330);
         for length in 1..120 {
-            let piece = "abcabdthebananaaa".repeat(8)[..length].to_owned();
-            let (mut short, mut long) = (Vec::new(), Vec::new());
-            encoder.merge_short(piece.as_bytes(), &mut Vec::new(), &mut short);
-            encoder.merge_long(piece.as_bytes(), &mut long);
-            assert_eq!(short, long, "{piece}");
-            let first = encoder.encode(&piece).unwrap();
-            assert_eq!(first, encoder.encode(&piece).unwrap());
+            let piece = &"abcabdthebananaaa".repeat(8)[..length];
+            let first = encoder.encode(piece).unwrap();
+            assert_eq!(first, encoder.encode(piece).unwrap());
             assert_eq!(encoder.decode(&first).unwrap(), piece.as_bytes());
         }
     }

@@ -9,12 +9,21 @@ mod classes;
 mod count;
 mod encode;
 mod key;
+mod layout;
 mod memo;
+mod merge;
+mod neighbours;
 mod pairs;
+mod parallel;
+mod phase;
+mod pieces;
 mod split;
 mod train;
 mod unicode_tables;
+mod vocabulary;
 
+#[cfg(feature = "python")]
+mod feed;
 #[cfg(feature = "python")]
 mod python;
 
@@ -41,3 +50,7 @@ pub const SPLIT_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}",
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 );
+
+/// The split pattern of GPT-2.
+pub const GPT2_PATTERN: &str =
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";

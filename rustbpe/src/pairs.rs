@@ -30,12 +30,6 @@ impl PairTable {
         Self { slots: vec![(FREE, 0); (2 * entries.max(8)).next_power_of_two()], used: 0 }
     }
 
-    /// The slot where a lookup of `key` starts, read ahead so that cache misses overlap.
-    #[inline(always)]
-    pub(crate) fn touch(&self, key: u64) -> u64 {
-        self.slots[hash_word(key) & (self.slots.len() - 1)].0
-    }
-
     #[inline(always)]
     pub(crate) fn get(&self, key: u64) -> Option<u64> {
         let mask = self.slots.len() - 1;

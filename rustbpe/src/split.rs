@@ -1,13 +1,11 @@
 //! Cutting text into pieces: two families of patterns by hand, every other through a regex engine.
 //!
-//! The one idea: in GPT-4's and GPT-2's patterns the class of the first character decides which
-//! alternative can match, so a piece is found in one pass without backtracking. The result is
-//! exactly the regex's; tests compare them on random text of all of Unicode. Merges never cross
-//! the end of a piece.
+//! Merges never cross the end of a piece, and the pieces cover the text: what a pattern does not
+//! match would be lost silently, so it is an error.
 
 use fancy_regex::Regex;
 
-use crate::classes::{class_at, is_ascii_letter, LETTER, NEWLINE, NUMBER, OTHER, SPACE};
+use crate::pieces::Family;
 use crate::Result;
 
 /// A compiled split pattern.
@@ -20,20 +18,6 @@ enum Engine {
     Hand(Family),
     Regex(Box<Regex>),
 }
-
-/// The patterns that are known by hand.
-#[derive(Clone, Copy)]
-enum Family {
-    /// `'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,max_digits}|
-    /// ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+`
-    Gpt4 { max_digits: u32 },
-    /// `'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
-    Gpt2,
-}
-
-const GPT4_HEAD: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,";
-const GPT4_TAIL: &str = r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
-const GPT2: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
 impl Splitter {
     /// Compile `pattern`. Errors when it is empty or not a pattern.
@@ -62,13 +46,28 @@ impl Splitter {
     /// the text is outside of every match: it would be lost silently.
     #[inline]
     pub fn for_each(&self, text: &str, mut visit: impl FnMut(usize, usize)) -> Result<()> {
+        self.for_each_while(text, |start, end| {
+            visit(start, end);
+            true
+        })
+    }
+
+    /// The same until `visit` answers false.
+    #[inline]
+    pub fn for_each_while(
+        &self,
+        text: &str,
+        mut visit: impl FnMut(usize, usize) -> bool,
+    ) -> Result<()> {
         match &self.engine {
             Engine::Hand(family) => {
                 let bytes = text.as_bytes();
                 let mut start = 0;
                 while start < bytes.len() {
                     let end = family.piece_end(bytes, start);
-                    visit(start, end);
+                    if !visit(start, end) {
+                        break;
+                    }
                     start = end;
                 }
                 Ok(())
@@ -80,8 +79,8 @@ impl Splitter {
                     if found.start() != end {
                         return Err(outside(text, end));
                     }
-                    if found.end() > found.start() {
-                        visit(found.start(), found.end());
+                    if found.end() > found.start() && !visit(found.start(), found.end()) {
+                        return Ok(());
                     }
                     end = found.end();
                 }
@@ -107,294 +106,16 @@ fn outside(text: &str, start: usize) -> String {
     format!("the split pattern does not match {snippet:?}; it must cover every character")
 }
 
-impl Family {
-    fn of(pattern: &str) -> Option<Self> {
-        if pattern == GPT2 {
-            return Some(Family::Gpt2);
-        }
-        let digits = pattern.strip_prefix(GPT4_HEAD)?.strip_suffix(GPT4_TAIL)?;
-        match digits.parse() {
-            Ok(max_digits @ 1..=9) if digits.len() == 1 => Some(Family::Gpt4 { max_digits }),
-            _ => None,
-        }
-    }
-
-    /// The end of the piece that starts at `start`, greater than `start`.
-    ///
-    /// `text` is UTF-8 and `start < text.len()` the start of a character.
-    #[inline]
-    fn piece_end(self, text: &[u8], start: usize) -> usize {
-        match self {
-            Family::Gpt4 { max_digits } => gpt4_end(text, start, max_digits),
-            Family::Gpt2 => gpt2_end(text, start),
-        }
-    }
-}
-
-#[inline(always)]
-fn gpt4_end(text: &[u8], start: usize, max_digits: u32) -> usize {
-    let (class, length) = class_at(text, start);
-    let next = start + length;
-    match class {
-        LETTER => letters_end(text, next),
-        NUMBER => numbers_end(text, next, max_digits - 1),
-        NEWLINE => space_end(text, start, true),
-        _ => {
-            if text[start] == b'\'' {
-                if let Some(end) = contraction_end(text, start, true) {
-                    return end;
-                }
-            }
-            if next == text.len() {
-                return next;
-            }
-            match (class, class_at(text, next)) {
-                (_, (LETTER, n)) => letters_end(text, next + n),
-                (OTHER, _) => newlines_end(text, run_end(text, next, OTHER)),
-                (_, (OTHER, n)) if text[start] == b' ' => {
-                    newlines_end(text, run_end(text, next + n, OTHER))
-                }
-                _ => space_end(text, start, true),
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn gpt2_end(text: &[u8], start: usize) -> usize {
-    let (class, length) = class_at(text, start);
-    let next = start + length;
-    match class {
-        LETTER => letters_end(text, next),
-        NUMBER => run_end(text, next, NUMBER),
-        OTHER => match contraction_end(text, start, false) {
-            Some(end) if text[start] == b'\'' => end,
-            _ => run_end(text, next, OTHER),
-        },
-        _ if text[start] == b' ' && next < text.len() => match class_at(text, next) {
-            (LETTER, n) => letters_end(text, next + n),
-            (SPACE | NEWLINE, _) => space_end(text, start, false),
-            (other, n) => run_end(text, next + n, other),
-        },
-        _ => space_end(text, start, false),
-    }
-}
-
-/// The end of the letters from `at` on: eight ASCII letters at a time, then one character.
-#[inline(always)]
-fn letters_end(text: &[u8], mut at: usize) -> usize {
-    loop {
-        while let Some(Ok(word)) = text.get(at..at + 8).map(<[u8; 8]>::try_from) {
-            let not_letters = !ascii_letters(u64::from_le_bytes(word)) & HIGH_BITS;
-            if not_letters != 0 {
-                at += not_letters.trailing_zeros() as usize / 8;
-                break;
-            }
-            at += 8;
-        }
-        while at < text.len() && is_ascii_letter(text[at]) {
-            at += 1;
-        }
-        if at == text.len() {
-            return at;
-        }
-        match class_at(text, at) {
-            (LETTER, length) => at += length,
-            _ => return at,
-        }
-    }
-}
-
-const HIGH_BITS: u64 = 0x8080_8080_8080_8080;
-
-/// The high bit of every byte that is an ASCII letter.
-#[inline(always)]
-fn ascii_letters(word: u64) -> u64 {
-    let lower = word | 0x2020_2020_2020_2020;
-    let from_a = (lower | HIGH_BITS).wrapping_sub(0x6161_6161_6161_6161);
-    let to_z = 0xFAFA_FAFA_FAFA_FAFA_u64.wrapping_sub(lower & !HIGH_BITS);
-    from_a & to_z & !word & HIGH_BITS
-}
-
-#[inline]
-fn numbers_end(text: &[u8], mut at: usize, most: u32) -> usize {
-    for _ in 0..most {
-        if at == text.len() {
-            break;
-        }
-        match class_at(text, at) {
-            (NUMBER, length) => at += length,
-            _ => break,
-        }
-    }
-    at
-}
-
-#[inline]
-fn run_end(text: &[u8], mut at: usize, class: u8) -> usize {
-    while at < text.len() {
-        match class_at(text, at) {
-            (found, length) if found == class => at += length,
-            _ => break,
-        }
-    }
-    at
-}
-
-#[inline]
-fn newlines_end(text: &[u8], mut at: usize) -> usize {
-    while at < text.len() && (text[at] == b'\n' || text[at] == b'\r') {
-        at += 1;
-    }
-    at
-}
-
-/// White space: to the last line end where these count, else all but the last character of the
-/// run, else all of it.
-fn space_end(text: &[u8], start: usize, line_ends: bool) -> usize {
-    let (mut at, mut last, mut characters, mut after_line_end) = (start, start, 0, None);
-    while at < text.len() {
-        let (class, length) = class_at(text, at);
-        if class != SPACE && class != NEWLINE {
-            break;
-        }
-        last = at;
-        at += length;
-        characters += 1;
-        if class == NEWLINE {
-            after_line_end = Some(at);
-        }
-    }
-    match after_line_end {
-        Some(end) if line_ends => end,
-        _ if at == text.len() || characters < 2 => at,
-        _ => last,
-    }
-}
-
-/// The end of `'s`, `'ll` and the like at the apostrophe at `start`, if it is one of them.
-///
-/// Without regard to case, U+017F (long s) is an s.
-#[inline]
-fn contraction_end(text: &[u8], start: usize, any_case: bool) -> Option<usize> {
-    let fold = |byte: u8| if any_case { byte.to_ascii_lowercase() } else { byte };
-    let rest = &text[start + 1..];
-    match (rest.first().copied().map(fold)?, rest.get(1).copied().map(fold)) {
-        (b's' | b'd' | b'm' | b't', _) => Some(start + 2),
-        (b'l', Some(b'l')) | (b'v' | b'r', Some(b'e')) => Some(start + 3),
-        (0xC5, Some(0xBF)) if any_case => Some(start + 3),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{GPT4_PATTERN, SPLIT_PATTERN};
 
-    fn pieces(splitter: &Splitter, text: &str) -> Vec<String> {
-        let mut found = Vec::new();
-        splitter.for_each(text, |start, end| found.push(text[start..end].to_owned())).unwrap();
-        found
-    }
-
-    /// Characters on every boundary of the patterns, and some of each class from far away.
-    const ALPHABET: &[char] = &[
-        'a',
-        'z',
-        'A',
-        's',
-        'S',
-        'd',
-        'm',
-        't',
-        'l',
-        'L',
-        'v',
-        'e',
-        'E',
-        'r',
-        '\u{17F}',
-        '\'',
-        '\'',
-        ' ',
-        ' ',
-        ' ',
-        '\t',
-        '\n',
-        '\n',
-        '\r',
-        '\u{B}',
-        '\u{85}',
-        '\u{A0}',
-        '\u{2028}',
-        '\u{3000}',
-        '0',
-        '7',
-        '9',
-        '\u{B2}',
-        '\u{660}',
-        '\u{2167}',
-        '-',
-        '.',
-        '_',
-        '!',
-        '\u{2019}',
-        '\u{301}',
-        'é',
-        'ß',
-        'Ω',
-        '中',
-        '文',
-        '\u{10400}',
-        '\u{1F600}',
-        '\u{200D}',
-        '\u{0}',
-        '@',
-        '[',
-        '`',
-        '{',
-    ];
-
-    fn random(state: &mut u64) -> u64 {
-        *state ^= *state << 13;
-        *state ^= *state >> 7;
-        *state ^= *state << 17;
-        *state
-    }
-
     #[test]
-    fn pieces_by_hand_are_those_of_the_regex_engine() {
-        let mut state = 0x9E37_79B9_7F4A_7C15;
-        for pattern in [SPLIT_PATTERN, GPT4_PATTERN, GPT2] {
-            let (hand, regex) =
-                (Splitter::new(pattern).unwrap(), Splitter::with_regex(pattern).unwrap());
-            assert!(matches!(hand.engine, Engine::Hand(_)));
-            for round in 0..30_000 {
-                let length = random(&mut state) % 24;
-                let text: String = (0..length)
-                    .map(|_| match random(&mut state) {
-                        // now and then any character at all
-                        x if x % 16 == 0 => {
-                            char::from_u32((x >> 8) as u32 % 0x11_0000).unwrap_or('x')
-                        }
-                        x => ALPHABET[(x >> 8) as usize % ALPHABET.len()],
-                    })
-                    .collect();
-                assert_eq!(pieces(&hand, &text), pieces(&regex, &text), "round {round}: {text:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn letters_are_found_eight_at_a_time_at_every_offset() {
-        for stop in ['@', '[', '`', '{', '\u{80}', 'é', '0'] {
-            for length in 0..20 {
-                let text = format!("{}{stop}", "aZ".repeat(length));
-                let expected = if stop == 'é' { text.len() } else { 2 * length };
-                assert_eq!(letters_end(text.as_bytes(), 0), expected, "{text}");
-            }
-        }
+    fn the_usual_patterns_are_known_by_hand() {
+        let by_hand = |pattern| matches!(Splitter::new(pattern).unwrap().engine, Engine::Hand(_));
+        assert!([SPLIT_PATTERN, GPT4_PATTERN, crate::GPT2_PATTERN].into_iter().all(by_hand));
+        assert!(!by_hand(r"\s+|\S+"));
     }
 
     #[test]
