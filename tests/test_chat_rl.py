@@ -24,7 +24,7 @@ class Lucky(Arithmetic):
         return bool(reply) and ord(reply[0]) % 2 == 0
 
 
-@pytest.fixture(params=["jax", "torch"])
+@pytest.fixture(params=[pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def backend(request, tmp_path, monkeypatch):
     """The name of a backend; the base directory has a model of its making."""
     monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))

@@ -132,6 +132,7 @@ def test_a_stage_inherits_learns_and_reports(backend, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_continues_exactly(backend):
     """The second half again, from the checkpoint before it: the same losses, bit for bit."""
     options = {"save_every": 2, "keep_checkpoints": 9}
@@ -152,6 +153,7 @@ def params(store, backend):
     return backend_class(backend).read(store.path(STEPS), optimizer=False).params
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_over_the_optimizer(backend):
     """Adam's counts go on from the base run's; a cold start begins at 0."""
     counts = {}
