@@ -5,6 +5,7 @@ The browser is `$JAXCHAT_CHROMIUM`, or chromium as found on PATH.
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ class Chat:
         page.on("dialog", lambda dialog: (chat.problems.append("dialog"), dialog.dismiss()))
         page.on("request", lambda request: chat.requested.append(request.url))
         page.goto(path)
-        page.wait_for_function("document.querySelector('#thread').childElementCount > 0")
+        # not wait_for_function: it polls with eval(), which the page's policy may forbid
+        page.wait_for_selector("#thread > *", state="attached")
         return chat
 
     def _console(self, message) -> None:
@@ -137,6 +139,13 @@ class Chat:
         self.answers.last.get_by_role("button", name="Copy", exact=True).click()
         self.page.wait_for_selector(".done")
         return self.page.evaluate("navigator.clipboard.readText()")
+
+    def wait_for(self, expression: str) -> None:
+        """Until a JavaScript expression is true; asked from here, where no policy forbids it."""
+        deadline = time.monotonic() + 10
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < deadline, f"{expression} did not become true"
+            self.page.wait_for_timeout(20)
 
     def conversation_titles(self) -> list[str]:
         return self.page.locator("#conversations .conversation").all_inner_texts()

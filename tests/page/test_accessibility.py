@@ -131,9 +131,9 @@ def test_each_answer_is_announced_once_and_when_it_is_complete(chat, server):
     )
     server.play(says(*["word "] * 20, pause_s=0.02), fails(500, "x"))
     chat.say("hello")
-    chat.page.wait_for_function("heard.length")
+    chat.wait_for("heard.length")
     chat.say("again")
-    chat.page.wait_for_function("heard.length > 1")
+    chat.wait_for("heard.length > 1")
     heard = chat.page.evaluate("heard")
     assert heard == ["Answer: " + "word " * 20, "No answer. The server failed."]
     live = chat.page.locator("#thread [aria-live], #thread [role=status], #thread [role=log]")
@@ -183,7 +183,7 @@ def test_reduced_motion_is_honoured(chat, server):
     moving = "document.getAnimations().length"
     assert chat.page.evaluate(moving) == 0
     chat.page.emulate_media(reduced_motion="no-preference")
-    chat.page.wait_for_function(f"{moving} > 0")  # the cursor blinks
+    chat.wait_for(f"{moving} > 0")  # the cursor blinks
     chat.page.keyboard.press("Escape")
     chat.wait_until_finished()
 

@@ -76,7 +76,7 @@ def test_the_theme_is_chosen_and_there_before_the_first_paint(chat):
     dialog = open_settings(chat)
     dialog.get_by_label("Theme").select_option("Dark")
     chat.page.reload(wait_until="commit")
-    chat.page.wait_for_function("document.body")
+    chat.wait_for("Boolean(document.body)")
     assert chat.page.evaluate("document.documentElement.dataset.theme") == "dark"
     background = "getComputedStyle(document.body).backgroundColor"
     expect(chat.page.locator("h1")).to_be_visible()
