@@ -67,16 +67,15 @@ def _forward(
         d_logits = (exps / mass - here.astype(jnp.float32)) * slope * w[..., None]
         d_logits = d_logits.astype(h.dtype)
         d_hidden = d_logits @ matrix
-        # (D, P): a CPU copies the first factor transposed, and that of h is P / D times smaller
-        d_chunk = jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        d_chunk = jnp.einsum("btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32)
         return (total + jnp.sum(w * nll), d_matrix + d_chunk), d_hidden
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape[::-1], jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(lm_head.shape, jnp.float32))
     (total, d_matrix), d_hidden = jax.lax.scan(
         add, start, _chunks(len(lm_head), hidden, targets, weights)
     )
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return total, (d_hidden, d_matrix.T)
+    return total, (d_hidden, d_matrix)
 
 
 def _backward(vocab_size: int, softcap: float, saved: tuple[Array, Array], g: Array) -> tuple:

@@ -252,7 +252,7 @@ class GPT(nn.Module):
         if config.backout:
             x = x - _scalar(self.backout_lambda, 0, x) * x_mid
         if cache is not None:
-            cache = _advance(cache, stored, ids, valid)
+            cache = cache.advance(stored, ids, valid)
         return norm(x), cache
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
@@ -290,18 +290,6 @@ class GPT(nn.Module):
         previous = torch.cat([before, x[:, :-1]], dim=1)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))  # (B, T, 1)
         return x + _scalar(self.smear_lambda, 0, x) * gate * previous
-
-
-def _advance(
-    cache: KVCache,
-    stored: list[tuple[Tensor, Tensor]],
-    ids: Int[Tensor, "B T"],
-    valid: Int[Tensor, " B"],
-) -> KVCache:
-    """The cache after a step: new keys and values, the ids they are of, and lengths."""
-    keys, values = zip(*stored, strict=True)
-    held = kv_cache.append(cache.ids, ids[:, :, None, None], cache.lengths, valid)
-    return KVCache(keys, values, held, cache.lengths + valid)
 
 
 def _scalar(param: nn.Parameter, index: int, like: Tensor) -> Float[Tensor, ""]:

@@ -32,6 +32,17 @@ class KVCache(NamedTuple):
     def max_length(self) -> int:
         return self.ids.shape[2]
 
+    def advance(
+        self,
+        stored: list[tuple[Tensor, Tensor]],
+        ids: Int[Tensor, "B T"],
+        valid: Int[Tensor, " B"],
+    ) -> "KVCache":
+        """The cache after a step: new keys and values, the ids they are of, and lengths."""
+        keys, values = zip(*stored, strict=True)
+        held = append(self.ids, ids[:, :, None, None], self.lengths, valid)
+        return KVCache(keys, values, held, self.lengths + valid)
+
 
 def make_cache(
     config: GPTConfig, rows: int, max_length: int, dtype: torch.dtype, device: torch.device
