@@ -166,8 +166,8 @@ class Valley:
 def fit_valley(runs: Sequence[Run]) -> Valley:
     """The best size of one budget. ValueError unless it lies between sizes that have been run.
 
-    The parabola goes through the runs within `NEAR` of the best one: a valley is one near its bottom
-    only. D at the bottom is interpolated, since attention makes C only nearly 6 N D.
+    The parabola goes through the runs within `NEAR` of the best one: a valley is one near its
+    bottom only. D at the bottom is interpolated, since attention makes C only nearly 6 N D.
     """
     best = min(runs, key=lambda run: run.val_bpb)
     low, high = best.scaling_params / NEAR, best.scaling_params * NEAR
@@ -178,8 +178,8 @@ def fit_valley(runs: Sequence[Run]) -> Valley:
     sizes = np.log([run.scaling_params for run in near])
     if best.target_flops is None or len(set(sizes)) < 3:
         raise ValueError(
-            f"{len(set(sizes))} model sizes within a factor of {NEAR} of the best: a parabola takes "
-            "three"
+            f"{len(set(sizes))} model sizes within a factor of {NEAR} of the best: a parabola "
+            "takes three"
         )
     fit = np.polyfit(sizes, [run.val_bpb for run in near], 2)
     bottom = -fit[1] / (2 * fit[0])
