@@ -139,7 +139,7 @@ def write_run(base, tag, model, flops, bpb, *, batch=2048, core=None, finished=T
 
 def models(widths):
     return [
-        GPTConfig.from_depth(4, aspect_ratio=w // 4, head_dim=16, vocab_size=512, sequence_len=128)
+        GPTConfig.from_depth(4, aspect_ratio=w // 4, head_dim=8, vocab_size=512, sequence_len=128)
         for w in widths
     ]
 
@@ -151,7 +151,7 @@ def write_sweep(base):
     """Runs whose bits per byte are parabolas in ln N with bottoms that grow as C^EXPONENT."""
     for flops in (1e11, 1e12, 1e13):
         best = 230_000 * (flops / 1e12) ** EXPONENT
-        for model in models((32, 48, 64, 96, 128)):
+        for model in models((32, 40, 48, 64, 80, 96, 128)):
             depth = math.log(scaling_params(model) / best) ** 2
             bpb = 2 - 0.1 * math.log10(flops) + 0.05 * depth
             write_run(base, f"cpu_{flops:.0e}_w{model.n_embd}", model, flops, bpb)

@@ -9,9 +9,9 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/ledger.sh"
 
-SERIES="${SERIES:-cpu}"              # tags are cpu_1.5e11_w24 and so on
-BUDGETS="${BUDGETS:-1.5e11 5e11 1.5e12}" # no run sees a document twice
-WIDTHS="${WIDTHS:-24 32 48 64 96}"   # in two heads; the smear gate reads 24 channels
+SERIES="${SERIES:-cpu}"                  # tags are cpu_1.5e11_w24 and so on
+BUDGETS="${BUDGETS:-1.5e11 5e11 1.5e12}" # at 5e10 the best width is below 24
+WIDTHS="${WIDTHS:-24 32 48 64 96}"       # in two heads; the smear gate reads 24 channels
 DEPTH="${DEPTH:-2}"
 VOCAB="${VOCAB:-512}" # so that lm_head is not most of N
 
