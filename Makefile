@@ -37,4 +37,8 @@ smoke:
 
 # Tables for LOG.md.
 bench: setup
+	uv run --no-sync python -m benchmarks.train_step
+	uv run --no-sync python -m benchmarks.startup
+	uv run --no-sync python -m benchmarks.loader
+	uv run --no-sync python -m benchmarks.scaling
 	uv run --no-sync python -m benchmarks.tokenizer

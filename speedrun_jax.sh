@@ -75,11 +75,11 @@ gpu)
     chat=(--data hub)
     ;;
 cpu)
-    DEPTH="${DEPTH:-4}" takes="about 20 minutes on 2 cores"
+    DEPTH="${DEPTH:-4}" takes="about half an hour on 2 cores"
     offline=(--data offline --eval-every 100)
     data=(--dataset embedded)
     tok=(--corpus embedded --vocab-size 4096)
-    # Width 192 and 2,048 tokens a step: 3 M tokens in about ten minutes. So small a batch wants
+    # Width 192 and 2,048 tokens a step: 3 M tokens. So small a batch wants
     # four times the rates that the square-root rule leaves it (LOG.md).
     base=(--corpus embedded --aspect-ratio 48 --head-dim 64 --sequence-len 512
         --device-batch-size 4 --total-batch-size 2048 --num-iterations 1500
