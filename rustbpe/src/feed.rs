@@ -17,8 +17,8 @@ use pyo3::types::{PyIterator, PySlice, PyString};
 
 use crate::{PieceCounts, Result as Outcome, Splitter};
 
-/// Between two looks at signals, and between two calls of `progress`.
-pub(crate) const LOOK: Duration = Duration::from_millis(50);
+/// Between two calls of `progress`.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Text that is taken from Python before the GIL may change hands: some 0.1 ms.
 const BATCH_BYTES: usize = 1 << 17;

@@ -15,9 +15,11 @@ use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyByteArray, PyBytes, PyIterator};
 
-use crate::feed::{count, Report, LOOK};
+use crate::feed::{count, Report};
 use crate::{train, Encoder, PieceCounts, Splitter, Watch, GPT4_PATTERN};
 
+/// Longest pause between two looks at the training thread, which a short training waits for.
+const NAP: Duration = Duration::from_millis(2);
 /// More threads than any machine has: what is asked for beyond is an error in the asking.
 const MOST_THREADS: usize = 1024;
 
@@ -183,7 +185,7 @@ fn learn(
     let mut nap = Duration::from_micros(100);
     while !trainer.is_finished() {
         py.detach(|| thread::sleep(nap));
-        nap = (2 * nap).min(LOOK);
+        nap = (2 * nap).min(NAP);
         let merges = watch.merges.load(Ordering::Relaxed);
         let looked = py.check_signals().and_then(|()| report.tell("merging", merges, Some(wanted)));
         if let Err(error) = looked {
