@@ -2,7 +2,7 @@
 
 Every comparison goes through the `parity` fixture, which asserts the bound of its row of `BOUNDS`
 and remembers the largest difference; the session ends with the table of measured maxima, which is
-the README's.
+the README's (test_table.py holds the two together).
 """
 
 import pytest

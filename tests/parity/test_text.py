@@ -22,10 +22,13 @@ from jaxchat.loss_eval import bits_per_byte
 from jaxchat.request import Request
 from jaxchat.schedule import StepSchedule, schedule_at
 from jaxchat.tokenizer import Tokenizer
-from tests.parity.twins import CONFIGS, LENGTH, max_abs, perturbed_weights
+from tests.parity.twins import CONFIGS, max_abs, perturbed_weights
 from torch_ref.torch_backend import TorchBackend
 
 ROWS, STEPS = 2, 100
+
+LENGTH = 192
+"""Tokens of a row: longer than the short window, short enough for a hundred steps."""
 
 EXAMPLES = 12
 """Of each task."""
