@@ -192,8 +192,13 @@ def caller(answered):
 
     def call(case):
         send(case)
-        if isinstance(case.body, dict) and case.path.endswith("/chat/completions"):
+        if not isinstance(case.body, dict):
+            return
+        if case.path.endswith("/chat/completions"):
             case.body = {**case.body, **SOUND}
+            send(case)
+        elif case.path.endswith("tokenize"):  # a generated name is no model's
+            case.body = {**case.body, "model": MODEL}
             send(case)
 
     return call
