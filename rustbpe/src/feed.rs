@@ -7,8 +7,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender, TrySendError};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
@@ -69,8 +69,8 @@ impl<'py> Report<'py> {
 }
 
 /// What the counting threads share.
-struct Counting<'a> {
-    splitter: &'a Splitter,
+struct Counting {
+    splitter: Splitter,
     batches: Mutex<Receiver<Batch>>,
     counts: Mutex<PieceCounts>,
     failure: Mutex<Option<String>>,
@@ -79,54 +79,62 @@ struct Counting<'a> {
 }
 
 /// Take the texts from Python and count their pieces on `threads` threads.
+///
+/// When interrupted it does not wait for them: a thread may be moving a table of gigabytes, and
+/// ends after that.
 pub(crate) fn count(
     texts: &Bound<'_, PyIterator>,
     buffer_size: usize,
-    splitter: &Splitter,
+    splitter: Splitter,
     threads: usize,
     report: &mut Report<'_>,
-) -> PyResult<PieceCounts> {
+) -> PyResult<(Splitter, PieceCounts)> {
     let py = texts.py();
     let (sender, receiver) = sync_channel(threads + 1);
-    let counting = Counting {
+    let counting = Arc::new(Counting {
         splitter,
         batches: Mutex::new(receiver),
         counts: Mutex::default(),
         failure: Mutex::default(),
         stop: AtomicBool::new(false),
-    };
-    thread::scope(|scope| {
-        let mut workers = Vec::with_capacity(threads);
-        for _ in 0..threads {
-            let worker = thread::Builder::new().spawn_scoped(scope, || counting.run());
-            match worker {
-                Ok(worker) => workers.push(worker),
-                Err(_) if !workers.is_empty() => break, // fewer do as well
-                Err(error) => {
-                    return Err(PyRuntimeError::new_err(format!("no thread to count on: {error}")))
-                }
+    });
+    let mut workers: Vec<JoinHandle<()>> = Vec::with_capacity(threads);
+    for _ in 0..threads {
+        let theirs = Arc::clone(&counting);
+        match thread::Builder::new().spawn(move || theirs.run()) {
+            Ok(worker) => workers.push(worker),
+            Err(_) if !workers.is_empty() => break, // fewer do as well
+            Err(error) => {
+                return Err(PyRuntimeError::new_err(format!("no thread to count on: {error}")))
             }
         }
-        let fed = counting.feed(texts, buffer_size, sender, report).and_then(|()| {
-            while !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
-                py.detach(|| thread::sleep(NAP));
-                py.check_signals()?;
-            }
-            Ok(())
-        });
-        counting.stop.fetch_or(fed.is_err(), Ordering::Relaxed);
-        let joined = py.detach(|| {
-            workers.into_iter().map(|worker| worker.join()).collect::<Result<Vec<()>, _>>()
-        });
-        fed.and(joined.map_err(|_| PyRuntimeError::new_err("a counting thread died")).map(drop))
-    })?;
+    }
+    let fed = counting.feed(texts, buffer_size, sender, &workers, report).and_then(|()| {
+        while !workers.iter().all(JoinHandle::is_finished) {
+            py.detach(|| thread::sleep(NAP));
+            py.check_signals()?;
+        }
+        Ok(())
+    });
+    if let Err(error) = fed {
+        counting.stop.store(true, Ordering::Relaxed);
+        return Err(error);
+    }
+    let died = || PyRuntimeError::new_err("a counting thread died");
+    for worker in workers {
+        worker.join().map_err(|_| died())?;
+    }
+    let counting = Arc::into_inner(counting).ok_or_else(died)?;
     match counting.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(reason) => Err(PyValueError::new_err(reason)),
-        None => Ok(counting.counts.into_inner().unwrap_or_else(PoisonError::into_inner)),
+        None => {
+            let counts = counting.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
+            Ok((counting.splitter, counts))
+        }
     }
 }
 
-impl Counting<'_> {
+impl Counting {
     /// Count batches until there are no more.
     fn run(&self) {
         let mut own = PieceCounts::default();
@@ -149,7 +157,7 @@ impl Counting<'_> {
     }
 
     fn count(&self, text: &str, own: &mut PieceCounts) -> Outcome<()> {
-        own.add_text_until(self.splitter, text, &self.stop)?;
+        own.add_text_until(&self.splitter, text, &self.stop)?;
         if own.len() >= OWN_PIECES {
             self.share(own);
         }
@@ -166,6 +174,7 @@ impl Counting<'_> {
         texts: &Bound<'_, PyIterator>,
         buffer_size: usize,
         sender: SyncSender<Batch>,
+        workers: &[JoinHandle<()>],
         report: &mut Report<'_>,
     ) -> PyResult<()> {
         let py = texts.py();
@@ -182,12 +191,13 @@ impl Counting<'_> {
                 py.check_signals()?;
                 match sender.try_send(batch) {
                     Ok(()) => break,
-                    // the threads hold the other end until this one is dropped
                     Err(TrySendError::Disconnected(_)) => return Ok(()),
                     Err(TrySendError::Full(same)) => batch = same,
                 }
                 py.detach(|| thread::sleep(NAP));
-                if self.stop.load(Ordering::Relaxed) {
+                // the second where all of them have died
+                if self.stop.load(Ordering::Relaxed) || workers.iter().all(JoinHandle::is_finished)
+                {
                     return Ok(());
                 }
             }

@@ -79,7 +79,7 @@ impl Tokenizer {
         let threads = thread_count(threads)?;
         let texts = PyIterator::from_object(iterator)?;
         let mut report = Report::new(progress);
-        let counts = count(&texts, buffer_size, &splitter, threads, &mut report)?;
+        let (splitter, counts) = count(&texts, buffer_size, splitter, threads, &mut report)?;
         self.encoder = learn(py, counts, splitter, vocab_size, threads, &mut report)?;
         let reached = self.encoder.vocab_size();
         if reached < vocab_size as usize {
