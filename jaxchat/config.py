@@ -373,6 +373,9 @@ MAX_LOGIT_BIAS = 300
 MAX_REPETITION_PENALTY = 10.0
 """Logits are within 15, so that more changes nothing."""
 
+MIN_REPETITION_PENALTY = 0.1
+"""Far smaller ones divide logits to infinity, and the softmax of that is not a number."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -423,7 +426,9 @@ class SamplingParams:
             "stop": all(self.stop),
             "presence_penalty": -2 <= self.presence_penalty <= 2,
             "frequency_penalty": -2 <= self.frequency_penalty <= 2,
-            "repetition_penalty": 0 < self.repetition_penalty <= MAX_REPETITION_PENALTY,
+            "repetition_penalty": (
+                MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY
+            ),
             "logit_bias": _is_bias(self.logit_bias),
             "top_logprobs": 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
         }

@@ -106,6 +106,7 @@ def test_nothing_is_counted_where_no_row_asks():
         {"presence_penalty": 2.1},
         {"frequency_penalty": float("nan")},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},  # divides logits to infinity
         {"top_logprobs": MAX_TOP_LOGPROBS + 1},
         {"logit_bias": ((1, 2.0), (1, 3.0))},
         {"logit_bias": ((-1, 2.0),)},

@@ -12,6 +12,7 @@ from jaxchat.config import (
     MAX_LOGIT_BIAS,
     MAX_REPETITION_PENALTY,
     MAX_TOP_LOGPROBS,
+    MIN_REPETITION_PENALTY,
     SamplingParams,
 )
 
@@ -48,7 +49,9 @@ class Sampling(Body):
     min_p: FiniteFloat | None = Field(None, ge=0, le=1)
     presence_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
     frequency_penalty: FiniteFloat | None = Field(None, ge=-2, le=2)
-    repetition_penalty: FiniteFloat | None = Field(None, gt=0, le=MAX_REPETITION_PENALTY)
+    repetition_penalty: FiniteFloat | None = Field(
+        None, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
+    )
     logit_bias: dict[TokenKey, Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=MAX_LOGIT_BIAS
     )
