@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from jaxchat import cli, embedded_corpus
 from jaxchat.checkpoint import CheckpointStore
@@ -38,8 +39,8 @@ ROOT = Path(__file__).parents[1]
 WORDS = "the a model reads writes token step loss of and learns from every"
 STEPS = 4
 OPTIONS = (
-    "--depth 2 --aspect-ratio 16 --head-dim 16 --sequence-len 256 --device-batch-size 2 "
-    f"--total-batch-size 1024 --num-iterations {STEPS} --eval-every 4 --eval-tokens 512 "
+    "--depth 2 --aspect-ratio 16 --head-dim 16 --sequence-len 256 --device-batch-size 1 "
+    f"--total-batch-size 2048 --num-iterations {STEPS} --eval-every 4 --eval-tokens 512 "
     "--save-every 2 --sample-every 100 --keep-checkpoints 5 --model-tag tiny"
 )
 
@@ -48,6 +49,15 @@ TORCH = "--backend torch -g tiny"
 LESSON = "--data offline --num-iterations 2 --eval-tokens 512"
 
 ROLLOUTS = "--questions 2 --samples 2 --max-tokens 8 --device-batch-size 2 --slots 2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A toy gains nothing from a second one, and beside other work the two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,7 @@ def test_pretraining_and_its_evaluations_run(trained, capsys):
     scores = (store.path(STEPS) / "base_eval.csv").read_text().splitlines()
     assert scores[-1].startswith('"embedded tasks, not CORE"')
     [tiny] = read_runs("tiny")
-    assert (tiny.tokens, tiny.core) == (STEPS * 1024, None)
+    assert (tiny.tokens, tiny.core) == (STEPS * 2048, None)
     run(chat_cli, f"-i base -p model --max-tokens 8 {TORCH}")
     assert capsys.readouterr().out.strip()
     assert stages(trained) >= {"base_train", "base_loss", "base_eval"}
