@@ -201,7 +201,6 @@ def _read(
     row = kv_cache.read_row(cache, place.row, 0, bucket)._replace(lengths=place.start[None])
     hidden, row = model.hidden(ids[None], row, place.count[None])
     assert isinstance(row, KVCache)
-    assert row is not None
     last = jax.lax.dynamic_index_in_dim(hidden[0], place.count - 1)
     first = _window_start(place, bucket, len(ids))
     return kv_cache.read_row(row, jnp.int32(0), first, len(ids)), model.logits(last)[0]
