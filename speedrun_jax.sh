@@ -20,6 +20,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
+# On Linux, memory in huge pages: a tenth less time per training step on a CPU (LOG.md).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 # --- The tier -------------------------------------------------------------------------------------
 
