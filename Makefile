@@ -1,6 +1,6 @@
 # The few commands of everyday work. Each sets up what it needs.
 
-.PHONY: setup fmt check test slow smoke bench
+.PHONY: setup fmt check test clients slow smoke bench
 
 setup:
 	bash -c 'set -e; . scripts/setup.sh'
@@ -25,6 +25,12 @@ check: setup
 test: setup
 	uv run --no-sync pytest tests -m "not slow" -rs
 	cargo test -p rustbpe
+
+# lm-eval against our server.
+clients:
+	bash -c 'set -e; . scripts/setup.sh --group lm-eval'
+	uv run --no-sync python -c "import lm_eval"
+	uv run --no-sync pytest tests/test_server_clients.py -k lm_eval -rs
 
 # Every test, lm-eval's too.
 slow:

@@ -275,8 +275,9 @@ class Backend(Protocol):
     def decode(self, cache: Cache, batch: DecodeBatch) -> DecodeResult:
         """Feed each row's newest token, sample the next, and repeat on the device.
 
-        A row stops at its budget or after a stop id; the dispatch ends when all rows have. The
-        sampler is `jaxchat.sampling.sample`. The passed cache must not be used again.
+        A row stops at its budget or after a stop id. The dispatch ends when all rows have, or
+        earlier: rows that need the host should not wait for the others, which go on in the next.
+        The sampler is `jaxchat.sampling.sample`. The passed cache must not be used again.
         """
         ...
 

@@ -4,8 +4,8 @@ The one idea: few compiled shapes. A prompt is read in chunks whose lengths come
 `CHUNK_LENGTHS`, and both functions see only the first `bucket` positions of the cache, the smallest
 bucket that holds what they attend to; everything else that varies is an array. A decode dispatch is
 a `while_loop` that samples up to N tokens per row before the host hears of it, and returns early
-when every row waits. The cache is donated and updated in place. Left out: which request sits in
-which row, and what its tokens mean (engine.py).
+when a row needs the host: behind the end of a reply or a call of a tool. The cache is donated and
+updated in place. Left out: which request sits in which row, and what its tokens mean (engine.py).
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,9 @@ CHUNK_LENGTHS = (16, 64, 128, 256, 512)
 
 MIN_BUCKET = 256
 """Fewest cache positions that a step attends to; larger buckets double."""
+
+ROWS_PER_STOP = 8
+"""A dispatch ends when one row in so many has stopped: the first of up to 15, the second of 16."""
 
 
 class Decoder:
@@ -271,9 +274,13 @@ def _decode(
         inputs.prompt_lengths,
         model.config.vocab_size,
     )
-    stopped = jnp.zeros(rows, bool)
-    first = _Loop(jnp.int32(0), part, inputs.tokens, stopped, seen, outputs)
-    last = jax.lax.while_loop(lambda loop: active(loop).any(), step, first)
+    most_stops = jnp.maximum(1, jnp.sum(inputs.budgets > 0) // ROWS_PER_STOP)
+
+    def goes_on(loop: _Loop) -> Bool[Array, ""]:
+        return active(loop).any() & (jnp.sum(loop.stopped) < most_stops)
+
+    first = _Loop(jnp.int32(0), part, inputs.tokens, jnp.zeros(rows, bool), seen, outputs)
+    last = jax.lax.while_loop(goes_on, step, first)
     return kv_cache.gains(last.cache), last.outputs
 
 

@@ -184,17 +184,27 @@ def test_rows_do_not_influence_each_other():
     np.testing.assert_array_equal(alone.logprobs[1], others.logprobs[1])
 
 
-def test_rows_stop_at_their_budget_or_behind_a_stop_id_and_the_dispatch_when_all_have():
+def test_rows_stop_at_their_budget_and_all_of_them_behind_the_first_stop_id():
     requests = [(TEXT[:20].tolist(), SAMPLED, key) for key in range(ROWS)]
     free = decode(requests).tokens
     stop = int(free[1, 2])
     assert stop not in [*free[1, :2], *free[0, :4], *free[2, :1]]
     result = decode(requests, budgets=[4, N, 1], stop_ids=frozenset({stop, 10**6}))
-    assert result.counts.tolist() == [4, 3, 1]
+    assert result.counts.tolist() == [3, 3, 1]
     for row, count in enumerate(result.counts):
         np.testing.assert_array_equal(result.tokens[row, :count], free[row, :count])
     lengths = np.array([len(ids) - 1 for ids, _, _ in requests])
     np.testing.assert_array_equal(result.cache.lengths, lengths + result.counts)
+
+
+def test_one_stop_in_eight_rows_ends_a_dispatch():
+    requests = [(TEXT[:20].tolist(), SAMPLED, key) for key in range(17)]
+    free = decode(requests).tokens
+    stops = frozenset(free[:2, 1].tolist())
+    behind = [next((i + 1 for i, t in enumerate(row) if t in stops), N) for row in free.tolist()]
+    last = sorted(behind)[1]  # the second stop of 17 rows
+    assert decode(requests, stop_ids=stops).counts.tolist() == [min(b, last) for b in behind]
+    assert last < N
 
 
 def test_idle_rows_keep_every_bit_even_a_full_one():
