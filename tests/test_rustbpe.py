@@ -425,8 +425,9 @@ def test_ctrl_c_interrupts_within_half_a_second(busy_with):
     """A process of its own that trains for long, and a SIGINT from outside while it does."""
     texts, pattern = ENDLESS[busy_with]
     script = f"""
-import itertools, rustbpe, time
+import itertools, rustbpe, signal, time
 import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 rng = np.random.default_rng(0)
 def letters(n):
     return rng.integers(97, 123, n, np.uint8).tobytes().decode()
