@@ -77,12 +77,15 @@ class ChatLoader(Prefetcher[Batch]):
             stream["counts"] for stream in self._own_state()["streams"].values()
         )
 
-    def state(self) -> dict[str, Any]:
-        """Where the batches handed out so far end, on all processes: small, ready for JSON."""
-        return merge_states(self._gather(self._own_state()))
+    def state(self, position: Any = None) -> dict[str, Any]:
+        """Where the batches handed out so far end, on all processes: small, ready for JSON.
 
-    def _own_state(self) -> dict[str, Any]:
-        rows, streams = self._snapshot
+        With `position`, where those ended that had been handed out when `self.position` was it.
+        """
+        return merge_states(self._gather(self._own_state(position)))
+
+    def _own_state(self, position: Any = None) -> dict[str, Any]:
+        rows, streams = self.position if position is None else position
         return {
             "identity": self._identity,
             "rows": rows,

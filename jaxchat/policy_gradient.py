@@ -104,8 +104,13 @@ class RolloutLoader:
         """Passes over the questions begun, counted from 0."""
         return self._step // self._steps_per_epoch
 
-    def state(self) -> dict[str, Any]:
-        return {"step": self._step}
+    @property
+    def position(self) -> int:
+        """Batches handed out so far."""
+        return self._step
+
+    def state(self, position: int | None = None) -> dict[str, Any]:
+        return {"step": self._step if position is None else position}
 
     def __next__(self) -> Batch:
         config = self._config

@@ -20,8 +20,11 @@ class Prefetcher(Generic[ItemT]):
     """An endless iterator; close it, or use it as a context manager.
 
     Subclasses implement `_make` and `_position`, which run on the thread alone once `_start` has
-    been called; `self._snapshot` is the position after the item handed out last.
+    been called.
     """
+
+    position: Any
+    """Where the items handed out so far end."""
 
     def _make(self) -> ItemT:
         raise NotImplementedError
@@ -30,7 +33,7 @@ class Prefetcher(Generic[ItemT]):
         raise NotImplementedError
 
     def _start(self) -> None:
-        self._snapshot = self._position()
+        self.position = self._position()
         self._queue: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, daemon=True)
@@ -43,7 +46,7 @@ class Prefetcher(Generic[ItemT]):
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        made, self._snapshot = item
+        made, self.position = item
         return made
 
     def __enter__(self) -> Self:

@@ -125,8 +125,9 @@ def keep_evidence(
 ) -> Path:
     """Write the token ids of a skipped step, and its figures beside them; returns the first file.
 
-    The weights are not among them: they are those of the step before, and the same command gives
-    them again from any earlier checkpoint, bit for bit.
+    The record holds the loader's state before the batch, from which a loader reads it again. The
+    weights are not among them: they are those of the step before, and the same command gives them
+    again from any earlier checkpoint, bit for bit.
     """
     path = directory / f"step_{step:06d}.{process}.npz"
     with atomic_write(path, "wb") as file:

@@ -40,14 +40,21 @@ EXIT_LOST = 75
 
 
 class Loader(Protocol):
-    """Batches of `rows` packed rows, and the state that continues after the ones handed out."""
+    """Batches of `rows` packed rows, and the state that continues after the ones handed out.
+
+    `position` says where these end and costs nothing; `state` makes a state of it, also later. Of
+    several processes all must ask for a state.
+    """
 
     @property
     def epoch(self) -> int: ...
 
+    @property
+    def position(self) -> Any: ...
+
     def __next__(self) -> Batch: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self, position: Any = None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,8 @@ class _Pending(NamedTuple):
     metrics: Mapping[str, Any]
     facts: dict[str, float]
     batch: Batch
+    position: Any
+    """Where the loader stood before the batch."""
     schedule: StepSchedule
 
 
@@ -240,6 +249,7 @@ class _MetricsReader:
         """Dispatch optimizer step `step` (from 0), then log the one before it."""
         self._clock.start()
         stage = self._stage
+        position = stage.loader.position
         batch = next(stage.loader)
         cut = (self._config.micro_batches, -1, batch.inputs.shape[1])
         schedule = stage.schedule(step)
@@ -254,7 +264,7 @@ class _MetricsReader:
             **batch.figures,
         }
         self._log_pending(progress)
-        self._pending = _Pending(step, metrics, facts, batch, schedule)
+        self._pending = _Pending(step, metrics, facts, batch, position, schedule)
 
     def flush(self, progress: TrainingProgress) -> None:
         """Log the newest step and stop the clock."""
@@ -294,6 +304,7 @@ class _MetricsReader:
             "schedule": pending.schedule._asdict(),
             "figures": pending.facts,
             "guard": self.guard.state(),
+            "loader": self._stage.loader.state(pending.position),
         }
         batch = {name: getattr(pending.batch, name) for name in ("inputs", "targets", "weights")}
         path = keep_evidence(

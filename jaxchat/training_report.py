@@ -34,11 +34,11 @@ def training_parts(
         "val bpb before training": first,
         "val bpb fell by %": 100 * (1 - bpbs[-1] / first),
         "lowest val bpb": min(bpbs),
-        "steps skipped": float(len(skipped)),
         "training seconds": train_seconds,
     }
+    shown = {name: f"{value:.4f}" for name, value in outcome.items()}
     parts: list[Part] = [
-        KeyValues({name: f"{value:.4f}" for name, value in outcome.items()}, "Outcome"),
+        KeyValues(shown | {"steps skipped": str(len(skipped))}, "Outcome"),
         Curve("Training loss", "step", "loss (nats per token)", {"train": (loss_steps, losses)}),
         Curve("Validation", "step", "bits per byte", {"val": (bpb_steps, bpbs)}),
         Curve("Speed", "step", "tokens per second", {"train": (speed_steps, speeds)}),

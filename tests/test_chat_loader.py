@@ -251,7 +251,9 @@ def test_a_state_resumes_exactly_through_json(batches):
         for _ in range(batches):
             next(loader)
         state, stats = json.loads(json.dumps(loader.state())), loader.stats
+        position = loader.position
         expected = [next(loader) for _ in range(10)]
+        assert json.loads(json.dumps(loader.state(position))) == state
     resumed = loader_of(task, state=state)
     assert resumed.stats == stats
     for a, b in zip(take(resumed, 10), expected, strict=True):

@@ -129,6 +129,15 @@ def test_a_state_resumes_bit_for_bit(before, after, rows):
     np.testing.assert_array_equal(ids(resumed), ids(expected))
 
 
+def test_a_position_becomes_the_state_it_was_however_much_has_been_read_since():
+    with loader_of(corpus_of()) as loader:
+        next(loader)
+        position, state = loader.position, loader.state()
+        for _ in range(9):
+            next(loader)
+        assert loader.state(position) == state != loader.state()
+
+
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_share_the_rows_that_one_would_read(processes):
     corpus = corpus_of()

@@ -97,6 +97,7 @@ def test_a_loader_continues_where_another_stood():
     later = RolloutLoader(SayA(), backend, TOKENIZER, CONFIG, seed=3, state={"step": 2})
     np.testing.assert_array_equal(next(later).inputs, batches[2].inputs)
     assert (first.state(), first.epoch) == ({"step": 3}, 1)
+    assert first.state(first.position - 1) == {"step": 2}
     asked = [tuple(sorted({tuple(row[:6]) for row in b.inputs.tolist()})) for b in batches]
     assert len(set(asked[0]) | set(asked[1])) == len(SayA())
 

@@ -1,6 +1,8 @@
 """Every script on `--backend torch`: a toy is trained, scored, evaluated and talked to."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,8 +19,12 @@ import pytest
 import torch
 
 from jaxchat import cli, embedded_corpus
+from jaxchat.backend import backend_class
 from jaxchat.checkpoint import CheckpointStore
+from jaxchat.dataloader import PackedLoader
+from jaxchat.dataset import open_corpus
 from jaxchat.report import Report
+from jaxchat.report_page import render
 from jaxchat.scaling import read_runs
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
@@ -210,6 +216,41 @@ def test_resume_auto_continues_the_other_backends_run(
     assert [mixed[step] for step in (1, 2)] == [whole[step] for step in (1, 2)]
     np.testing.assert_allclose(list(mixed.values()), list(whole.values()), atol=1e-4)
     assert CheckpointStore(tmp_path / "base_checkpoints/tiny").read_meta(STEPS)["backend"] == second
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_skipped_steps_are_reported_and_their_batches_can_be_read_again(
+    here, tmp_path, monkeypatch, backend
+):
+    """The second and third loss are made not a number; the batches were sound."""
+    for shared in ("tokenizer", "text"):
+        (tmp_path / shared).symlink_to(here / shared)
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path))
+    cls, calls = backend_class(backend), itertools.count(1)
+    step = cls.train_step
+
+    def poisoned(self, inputs, targets, schedule, weights, limits):
+        weight = math.nan if next(calls) in (2, 3) else 1.0
+        weights = np.full(targets.shape, weight, np.float32)
+        return step(self, inputs, targets, schedule, weights, limits)
+
+    monkeypatch.setattr(cls, "train_step", poisoned)
+    train(tmp_path, backend)
+    assert "| steps skipped | 2 |" in render(Report(tmp_path)).read_text()
+    skipped = tmp_path / "base_checkpoints/tiny/skipped"
+    assert {path.stem for path in skipped.iterdir()} == {"step_000002.0", "step_000003.0"}
+    for path in skipped.glob("*.npz"):
+        loader = PackedLoader(
+            open_corpus(str(tmp_path / "text")),
+            Tokenizer.load(tmp_path / "tokenizer"),
+            split="train",
+            rows_per_batch=2048 // 256,
+            sequence_len=256,
+            seed=base_train.Config.seed,
+            state=json.loads(path.with_suffix(".json").read_text())["loader"],
+        )
+        with loader, np.load(path) as batch:
+            np.testing.assert_array_equal(next(loader).inputs, batch["inputs"])
 
 
 @pytest.mark.slow

@@ -34,8 +34,12 @@ class Diary:
         rows = np.zeros((4, 8), np.int32)
         return Batch(rows, rows, np.ones((4, 8), np.float32), {"train/reward": 0.25})
 
-    def state(self):
-        return {"read": self.entries.count("train")}
+    @property
+    def position(self):
+        return self.entries.count("train")
+
+    def state(self, position=None):
+        return {"read": self.position if position is None else position}
 
     def train_step(self, inputs, targets, schedule, weights, limits):
         assert inputs.shape == targets.shape == weights.shape == (2, 2, 8)
@@ -135,6 +139,7 @@ def test_a_spike_is_skipped_kept_and_counted(diary, tmp_path, capsys):
     evidence = json.loads((tmp_path / "skipped" / "step_000040.0.json").read_text())
     assert evidence["loss"] == 7.0
     assert evidence["limits"]["loss"] == pytest.approx(2 * 1.12)
+    assert evidence["loader"] == {"read": 39}  # before its batch, whatever has been read since
     with np.load(tmp_path / "skipped" / "step_000045.0.npz") as batch:
         assert sorted(batch) == ["inputs", "targets", "weights"]
         assert batch["inputs"].shape == (4, 8)
