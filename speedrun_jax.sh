@@ -20,8 +20,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
-# On Linux, memory in huge pages: a tenth less time per training step on a CPU (LOG.md).
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 # --- The tier -------------------------------------------------------------------------------------
 
@@ -78,6 +76,8 @@ gpu)
     ;;
 cpu)
     DEPTH="${DEPTH:-4}" takes="about half an hour on 2 cores"
+    # On Linux, memory in huge pages: a tenth less time per training step (LOG.md).
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     offline=(--data offline --eval-every 100)
     data=(--dataset embedded)
     tok=(--corpus embedded --vocab-size 4096)
