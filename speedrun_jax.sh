@@ -81,18 +81,18 @@ cpu)
     offline=(--data offline --eval-every 100)
     data=(--dataset embedded)
     tok=(--corpus embedded --vocab-size 4096)
-    # Width 192 and 2,048 tokens a step: 2.5 M tokens. So small a batch wants
+    # Width 192 and 2,048 tokens a step: 1.8 M tokens. So small a batch wants
     # four times the rates that the square-root rule leaves it (LOG.md).
     base=(--corpus embedded --aspect-ratio 48 --head-dim 64 --sequence-len 512
-        --device-batch-size 4 --total-batch-size 2048 --num-iterations 1200
+        --device-batch-size 4 --total-batch-size 2048 --num-iterations 900
         --matrix-lr 0.08 --embedding-lr 1.2 --unembedding-lr 0.032
-        --eval-every 200 --eval-tokens 65536 --sample-every 400 --save-every 200)
-    loss=(--corpus embedded --split-tokens 131072)
+        --eval-every 300 --eval-tokens 32768 --sample-every 450 --save-every 150)
+    loss=(--corpus embedded --split-tokens 65536)
     eval=(--max-per-task 100)
-    # 0.6 M and 0.3 M tokens, a seventh of the offline mixture and a quarter of its successor: at the
+    # 0.6 M and 0.25 M tokens, a seventh of the offline mixture and a fifth of its successor: at the
     # base run's full rates that is enough for calculator, spelling and turns (LOG.md).
     mid=("${offline[@]}" --num-iterations 300 --eval-tokens 32768 --save-every 100)
-    sft=("${offline[@]}" --num-iterations 150 --eval-tokens 32768 --save-every 100)
+    sft=("${offline[@]}" --num-iterations 120 --eval-tokens 32768 --save-every 100)
     rl=("${offline[@]}" --num-iterations 60 --questions 8 --samples 8 --max-tokens 96 --slots 16
         --eval-every 30 --eval-questions 64 --save-every 20)
     chat=(-a "Documentation|Arithmetic|SpellingBee|SimpleSpelling" -x 300)
