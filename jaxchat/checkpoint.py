@@ -91,9 +91,13 @@ class CheckpointStore:
         """Load the newest readable checkpoint and return its meta; None when there is none.
 
         `facts` are what the run is made of; ValueError when the checkpoint was made of something
-        else. A checkpoint that does not load is skipped with a warning for the one before.
+        else. A checkpoint that does not load on every process is skipped with a warning for the one
+        before. OSError when none of several loads: a run never begins anew over an old one.
         """
-        for step in reversed(self.steps()):
+        with runtime.exit_when_one_is_lost(backend.devices.processes):
+            steps = backend.gather(self.steps())[0]
+        for step in reversed(steps):
+            meta, why = None, "another process cannot read it"
             try:
                 meta = self.read_meta(step)
                 self._check_same_run(meta, {"model": asdict(backend.config), **facts}, step)
@@ -101,9 +105,16 @@ class CheckpointStore:
             except (_Mismatch, ImportError):
                 raise
             except Exception as error:  # whatever a damaged file makes the readers raise
-                runtime.print0(f"warning: skipping {self.path(step)}, it cannot be read: {error}")
-                continue
-            return meta
+                meta, why = None, f"it cannot be read: {error}"
+            if not _on_any_process(backend, meta is None):
+                return meta
+            print(f"warning: skipping {self.path(step)}, {why}", flush=True)
+        if steps:
+            raise OSError(
+                f"none of the checkpoints in {self.directory} can be read (steps "
+                f"{', '.join(map(str, steps))}); restore them, move the folder away, or start over "
+                "with --resume never"
+            )
         return None
 
     def _check_same_run(self, meta: Mapping, facts: Mapping[str, Any], step: int) -> None:
@@ -212,6 +223,12 @@ class CheckpointStore:
                     f"{free:,} are free; make room, or set JAXCHAT_BASE_DIR to another disk, and "
                     "run the same command again"
                 )
+
+
+def _on_any_process(backend: Backend, it_is_so: bool) -> bool:
+    """Whether it is so on any process; the second vote brings an answer that comes one late."""
+    with runtime.exit_when_one_is_lost(backend.devices.processes):
+        return backend.agree(it_is_so) | backend.agree(False)
 
 
 def _remove(staging: Path) -> None:

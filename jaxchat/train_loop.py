@@ -5,7 +5,6 @@ is written before anything else happens at its step, so neither an evaluation no
 a run. Metrics are read one step late: the device never waits for the host to look at a loss.
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,9 +33,6 @@ SKIPPED = "skipped"
 
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
-
-EXIT_LOST = 75
-"""Exit status after losing another process (EX_TEMPFAIL): try again."""
 
 
 class Loader(Protocol):
@@ -122,20 +118,10 @@ def run_loop(
     """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop.
 
     `guard_state` is the checkpoint's `guard`. ValueError when too many steps had to be skipped.
-    A run that loses one of its processes exits with `EXIT_LOST`.
+    A run that loses one of its processes exits with `runtime.EXIT_LOST`.
     """
-    try:
+    with runtime.exit_when_one_is_lost(stage.backend.devices.processes):
         return _run(stage, config, start_step, train_seconds, guard_state)
-    except RuntimeError as error:
-        if stage.backend.devices.processes == 1:
-            raise
-        last = str(error).strip().splitlines()[-1:]
-        print(
-            f"a process of this run is gone ({''.join(last)}); stopping. Run the same command "
-            "again to continue from the last checkpoint",
-            flush=True,
-        )
-        os._exit(EXIT_LOST)  # an orderly exit would wait for the lost one
 
 
 def _run(

@@ -1,6 +1,7 @@
 # Source this from the repository root: finds or installs uv, then makes .venv what uv.lock says.
 # Arguments go to `uv sync`, such as --extra gpu. uv builds the Rust tokenizer through maturin, and
-# again whenever its sources change.
+# again whenever its sources change. Bytecode is compiled once here (half a minute), not in the first
+# start of every stage.
 
 export PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
 
@@ -18,4 +19,4 @@ if ! command -v uv >/dev/null; then
     export PATH="$(python3 -m site --user-base)/bin:$PATH"
 fi
 
-uv sync --quiet --locked "$@"
+uv sync --quiet --locked --compile-bytecode "$@"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +22,16 @@ class FileBackend:
 
     name = "file"
     config = GPTConfig()
+    devices = SimpleNamespace(processes=1)
 
     def __init__(self, *, fails=False):
         self.fails, self.loaded = fails, None
+
+    def gather(self, value):
+        return [value]
+
+    def agree(self, asked):
+        return asked
 
     def save(self, directory):
         (directory / "weights").write_text("weights" * 100)
@@ -97,6 +105,41 @@ def test_restore_refuses_another_run_and_says_what_differs(tmp_path):
     store = saved(tmp_path)
     with pytest.raises(ValueError, match=r"plan: lr 0.02, now 0.04"):
         store.restore(FileBackend(), {"plan": {"lr": 0.04}})
+
+
+def test_none_readable_ends_the_run_instead_of_beginning_anew(tmp_path, capsys):
+    store = saved(tmp_path, steps=(10, 20))
+    for step in store.steps():
+        (store.path(step) / "weights").write_text("weig")
+    with pytest.raises(OSError, match=r"\(steps 10, 20\).*--resume never"):
+        store.restore(FileBackend(), {"tokenizer": "t"})
+    assert capsys.readouterr().out.count("skipping") == 2
+    assert store.steps() == [10, 20]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "one call late"])
+def test_what_another_process_cannot_read_is_skipped_by_all(tmp_path, late, capsys):
+    """The other process fails at step 30, and lists no step that this one does not see yet."""
+
+    class OneOfTwo(FileBackend):
+        def __init__(self):
+            super().__init__()
+            self.votes = [False]
+
+        def gather(self, value):
+            return [[10, 20, 30], value]
+
+        def agree(self, asked):
+            asks_first = len(self.votes) % 2
+            elsewhere = bool(asks_first) and self.loaded == store.path(30)
+            self.votes.append(asked or elsewhere)
+            return self.votes[-2 if late else -1]
+
+    store = saved(tmp_path, steps=(10, 20, 30, 40))
+    backend = OneOfTwo()
+    assert store.restore(backend, {"tokenizer": "t"})["step"] == 20
+    assert backend.loaded == store.path(20)
+    assert f"skipping {store.path(30)}, another process" in capsys.readouterr().out
 
 
 def test_nothing_to_restore_is_none(tmp_path):

@@ -112,10 +112,11 @@ def test_a_state_of_another_model_is_refused_by_name():
             make(kind, MODERN).set_optimizer_state(state)
 
 
-def test_a_damaged_checkpoint_of_the_other_backend_is_skipped(tmp_path, capsys):
+def test_a_damaged_checkpoint_of_the_other_backend_is_not_taken(tmp_path, capsys):
     begun = make(TorchBackend, MODERN)
     store = save(begun, tmp_path)
     path = store.path(STEPS) / "optimizer.pt"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert store.restore(make(JaxBackend, MODERN), {"fact": 1}) is None
+    with pytest.raises(OSError, match="none of the checkpoints"):
+        store.restore(make(JaxBackend, MODERN), {"fact": 1})
     assert "damaged" in capsys.readouterr().out
