@@ -75,7 +75,7 @@ gpu)
     chat=(--data hub)
     ;;
 cpu)
-    DEPTH="${DEPTH:-4}" takes="about half an hour on 2 cores"
+    DEPTH="${DEPTH:-4}" takes="about twenty minutes on 2 cores"
     # On Linux, memory in huge pages: a tenth less time per training step (LOG.md).
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
     offline=(--data offline --eval-every 100)
