@@ -92,7 +92,7 @@ class CheckpointStore:
 
         `facts` are what the run is made of; ValueError when the checkpoint was made of something
         else. A checkpoint that does not load on every process is skipped with a warning for the one
-        before. OSError when none of several loads: a run never begins anew over an old one.
+        before. OSError when none loads: a run never begins anew over an old one.
         """
         with runtime.exit_when_one_is_lost(backend.devices.processes):
             steps = backend.gather(self.steps())[0]

@@ -140,8 +140,8 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(
     codes = [process.returncode for process in processes]
     assert codes.pop(lost) == -signal.SIGKILL
     del outputs[lost]
-    # who waits for the others while it saves, or has lost the coordinator, is aborted by JAX
-    assert set(codes) <= {75, -signal.SIGABRT}, outputs
+    # the first process hosts the coordinator: without it JAX may abort the others before they see
+    assert set(codes) <= {75} | ({-signal.SIGABRT} if lost == 0 else set()), outputs
     for code, output in zip(codes, outputs, strict=True):
         if code == 75:
             assert "a process of this run is gone" in output
