@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxchat import runtime
+from jaxchat import peers, runtime
 from jaxchat.artifacts import atomic_write, base_dir, claim
 from jaxchat.backend import Backend, backend_class
 from jaxchat.config import GPTConfig
@@ -94,7 +94,7 @@ class CheckpointStore:
         else. A checkpoint that does not load on every process is skipped with a warning for the one
         before. OSError when none loads: a run never begins anew over an old one.
         """
-        with runtime.exit_when_one_is_lost(backend.devices.processes):
+        with peers.exit_when_one_is_lost(backend.devices.processes):
             steps = backend.gather(self.steps())[0]
         for step in reversed(steps):
             meta, why = None, "another process cannot read it"
@@ -227,7 +227,7 @@ class CheckpointStore:
 
 def _on_any_process(backend: Backend, it_is_so: bool) -> bool:
     """Whether it is so on any process; the second vote brings an answer that comes one late."""
-    with runtime.exit_when_one_is_lost(backend.devices.processes):
+    with peers.exit_when_one_is_lost(backend.devices.processes):
         return backend.agree(it_is_so) | backend.agree(False)
 
 

@@ -6,9 +6,8 @@ What only a framework can tell is in devices.py and in torch_ref/runtime.py.
 import os
 import platform
 import re
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 PEAK_FLOPS = {
@@ -48,6 +47,16 @@ def requested_dtype(explicit: str | None) -> str | None:
     if name is not None and name not in NAMED_DTYPES:
         raise ValueError(f"compute dtype {name!r}: choose one of {', '.join(NAMED_DTYPES)}")
     return name
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container that the process runs in."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return there
+    return min(there, int(allowed)) if allowed.isdigit() else there
 
 
 def cpu_model() -> str:
@@ -135,35 +144,6 @@ def process_index() -> int:
 def is_first_process() -> bool:
     """Whether this process writes what a run writes once: checkpoints, metrics, report, prints."""
     return process_index() == 0
-
-
-EXIT_LOST = 75
-"""Exit status after losing another process (EX_TEMPFAIL): try again."""
-
-LAST_TO_LEAVE_SECONDS = 5
-"""How much longer the first process stays: it hosts the coordinator, without which JAX aborts."""
-
-
-@contextmanager
-def exit_when_one_is_lost(processes: int) -> Iterator[None]:
-    """Exit with `EXIT_LOST` and the remedy when what runs inside loses another process.
-
-    A collective then fails with a RuntimeError; of a run of one process it passes through.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if processes == 1:
-            raise
-        last = str(error).strip().splitlines()[-1:]
-        print(
-            f"a process of this run is gone ({''.join(last)}); stopping. Run the same command "
-            "again to continue from the last checkpoint",
-            flush=True,
-        )
-        if is_first_process():
-            time.sleep(LAST_TO_LEAVE_SECONDS)
-        os._exit(EXIT_LOST)  # an orderly exit would wait for the lost one
 
 
 def print0(*words: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxchat import runtime
+from jaxchat import peers, runtime
 from jaxchat.artifacts import json_numbers
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore
@@ -118,9 +118,10 @@ def run_loop(
     """Train from `start_step` to `config.num_iterations`, or until a signal asks to stop.
 
     `guard_state` is the checkpoint's `guard`. ValueError when too many steps had to be skipped.
-    A run that loses one of its processes exits with `runtime.EXIT_LOST`.
+    A run that loses one of its processes exits with `peers.EXIT_LOST`.
     """
-    with runtime.exit_when_one_is_lost(stage.backend.devices.processes):
+    backend = stage.backend
+    with peers.exit_when_one_is_lost(backend.devices.processes, backend.gather):
         return _run(stage, config, start_step, train_seconds, guard_state)
 
 
