@@ -2,13 +2,13 @@
 //!
 //! Two tokens may merge when their bytes together are a token, whichever pair that token was
 //! learned from; a piece that is a token is that token. The one idea is in `memo.rs`: most pieces
-//! are looked up, `BATCH` at a time so that their cache misses overlap. Any input takes linear time.
+//! are looked up. Any input takes linear time.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::key::{hash_key, pack, BATCH, INLINE};
+use crate::key::{hash_key, pack, INLINE};
 use crate::memo::Memo;
 use crate::merge::{Parts, Ranks};
 use crate::parallel::on_threads;
@@ -27,16 +27,6 @@ pub struct Encoder {
     ranks: Ranks,
     fresh: Memo,
     idle: Mutex<Vec<Memo>>,
-}
-
-/// A piece whose slot in the memo is on its way.
-#[derive(Clone, Copy, Default)]
-struct Waiting {
-    /// 0 for a piece of more than `INLINE` bytes.
-    key: u128,
-    hash: usize,
-    start: usize,
-    end: usize,
 }
 
 impl Encoder {
@@ -135,45 +125,46 @@ impl Encoder {
             return Err(format!("a text of {} bytes is too long: encode it in parts", bytes.len()));
         }
         let mut ids = Vec::with_capacity(bytes.len() / 3 + 8);
-        let mut batch = [Waiting::default(); BATCH];
-        let mut waiting = 0;
         let mut parts = Parts::new();
         self.splitter.for_each(text, |start, end| {
-            let key = if end - start > INLINE { 0 } else { pack(bytes, start, end) };
-            batch[waiting] = Waiting { key, hash: hash_key(key), start, end };
-            waiting += 1;
-            if waiting == BATCH {
-                self.encode_pieces(memo, bytes, &batch, &mut parts, &mut ids);
-                waiting = 0;
+            let piece = &bytes[start..end];
+            if piece.len() > INLINE {
+                self.encode_long(memo, piece, &mut parts, &mut ids);
+                return;
+            }
+            let key = pack(bytes, start, end);
+            let hash = hash_key(key);
+            if !memo.recall(key, hash, &mut ids) {
+                self.encode_new(memo, (key, hash), piece, &mut parts, &mut ids);
             }
         })?;
-        self.encode_pieces(memo, bytes, &batch[..waiting], &mut parts, &mut ids);
         Ok(ids)
     }
 
-    #[inline]
-    fn encode_pieces(
+    // what is rare stays out of the loop, whose registers it would take
+
+    #[cold]
+    #[inline(never)]
+    fn encode_new(
         &self,
         memo: &mut Memo,
-        text: &[u8],
-        pieces: &[Waiting],
+        (key, hash): (u128, usize),
+        piece: &[u8],
         parts: &mut Parts,
         ids: &mut Vec<u32>,
     ) {
-        // reading the slots ahead is what overlaps the misses; the sum keeps the reads alive
-        let touched = pieces.iter().fold(0, |all, piece| all ^ memo.touch(piece.hash));
-        std::hint::black_box(touched);
-        for &Waiting { key, hash, start, end } in pieces {
+        let first = ids.len();
+        self.ranks.merge(piece, parts, ids);
+        memo.learn(key, hash, &ids[first..]);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn encode_long(&self, memo: &mut Memo, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>) {
+        if !memo.recall_long(piece, ids) {
             let first = ids.len();
-            if key != 0 {
-                if !memo.recall(key, hash, ids) {
-                    self.ranks.merge(&text[start..end], parts, ids);
-                    memo.learn(key, hash, &ids[first..]);
-                }
-            } else if !memo.recall_long(&text[start..end], ids) {
-                self.ranks.merge(&text[start..end], parts, ids);
-                memo.learn_long(&text[start..end], &ids[first..]);
-            }
+            self.ranks.merge(piece, parts, ids);
+            memo.learn_long(piece, &ids[first..]);
         }
     }
 }

@@ -54,12 +54,6 @@ impl Memo {
         memo
     }
 
-    /// Read the slot of a hash ahead of its lookup, so that cache misses overlap.
-    #[inline(always)]
-    pub(crate) fn touch(&self, hash: usize) -> u32 {
-        self.slots[hash & (self.slots.len() - 1)].ids[0]
-    }
-
     /// Append the ids of a short piece; false when it is not known.
     #[inline(always)]
     pub(crate) fn recall(&self, key: u128, hash: usize, out: &mut Vec<u32>) -> bool {
