@@ -56,5 +56,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    # a file or a pipe has no width that a row would have to fit
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console().print(table)
+
+
+def console() -> Console:
+    """The screen; a file or a pipe has no width that a row would have to fit."""
+    return Console(width=None if sys.stdout.isatty() else 160)

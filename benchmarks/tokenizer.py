@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import rustbpe
+from benchmarks.figures import console
 from benchmarks.tokenizer_trial import GPT4, documents, measured
 from jaxchat import cli
 from jaxchat.artifacts import atomic_write, base_dir
@@ -88,20 +88,19 @@ def main(config: Config) -> None:
     text = write_text(folder / f"text_{config.megabytes}.txt", config.megabytes)
     sample = write_text(folder / f"text_{config.encode_megabytes}.txt", config.encode_megabytes)
     ranks = write_ranks(folder / "ranks.tiktoken", sample, config.vocab_size)
-    console = Console()
     vocab = str(config.vocab_size)
     training = run_trials(
         config, python, TRAINERS, lambda subject, pattern: ("train", subject, text, vocab, pattern)
     )
-    console.print(training_table(config, training))
+    console().print(training_table(config, training))
     encoding = run_trials(
         config,
         python,
         ENCODERS,
         lambda subject, pattern: ("encode", subject, sample, vocab, pattern, ranks),
     )
-    console.print(encoding_table(sample.stat().st_size / 1e6, encoding))
-    console.print(one_letter_table(config.repeats))
+    console().print(encoding_table(sample.stat().st_size / 1e6, encoding))
+    console().print(one_letter_table(config.repeats))
 
 
 def peers(directory: Path) -> Path:

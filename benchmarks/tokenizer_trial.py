@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy
-
 GPT4 = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -121,6 +119,8 @@ def encode(subject: str, path: str, pattern: str, ranks_path: str) -> Result:
 
 
 def digest_of_ids(encoded: Iterable[Iterable[int]]) -> str:
+    import numpy  # here, so that trainers do not carry it
+
     digest = hashlib.sha256()
     for ids in encoded:
         digest.update(numpy.asarray(ids, numpy.uint32).tobytes() + b"|")

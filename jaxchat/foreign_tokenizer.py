@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer, byte_letters
+from jaxchat.hugging_face_bpe import byte_letters
+from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PICKLE_FILE = "tokenizer.pkl"
 

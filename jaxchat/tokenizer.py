@@ -8,22 +8,17 @@ out: normalisation of any kind, unknown tokens, and the chat format (conversatio
 
 On disk a tokenizer is a directory:
 
-- `tokenizer.bpe`, the only file that `load` reads. Line 1 is a JSON header (format, version,
-  pattern, specials, vocab_size, sha256); then one `base64(token) rank` per line in order of rank,
-  as in tiktoken's files. The sha256 covers pattern, specials and ranks, and is the fingerprint.
-- `tokenizer.json`, the same tokenizer for Hugging Face `tokenizers`.
+- `tokenizer.bpe`, the only file that `load` reads (bpe_file.py);
+- `tokenizer.json`, the same tokenizer for Hugging Face `tokenizers`;
 - `token_bytes.npy`, int32 (V,), the bytes of each token and 0 for specials (bits per byte).
 """
 
-import base64
 import codecs
-import hashlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +26,8 @@ import numpy as np
 import tiktoken
 
 import rustbpe
-from jaxchat import artifacts
+from jaxchat import artifacts, bpe_file
+from jaxchat.hugging_face_bpe import merges_of, tokenizer_json
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -59,8 +55,6 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_NAMES)
 TOKENIZER_FILE = "tokenizer.bpe"
 HUGGING_FACE_FILE = "tokenizer.json"
 TOKEN_BYTES_FILE = "token_bytes.npy"
-
-_FORMAT, _VERSION = "jaxchat-tokenizer", 1
 
 
 class Tokenizer:
@@ -131,12 +125,12 @@ class Tokenizer:
                 f"no tokenizer at {path}: train one with `python -m scripts.tok_train`"
             )
         head, _, body = path.read_bytes().partition(b"\n")
-        header = _parse_header(path, head)
-        if _digest(header["pattern"], header["specials"], body) != header.get("sha256"):
-            raise ValueError(f"{path} is damaged (wrong checksum): {_RESTORE}")
-        tokenizer = cls(parse_ranks(body, source=path), pattern=header["pattern"])
+        header = bpe_file.parse_header(path, head, SPECIAL_NAMES)
+        if bpe_file.digest(header["pattern"], header["specials"], body) != header.get("sha256"):
+            raise ValueError(f"{path} is damaged (wrong checksum): {bpe_file.RESTORE}")
+        tokenizer = cls(bpe_file.parse_ranks(body, source=path), pattern=header["pattern"])
         if tokenizer._header() != header:
-            raise ValueError(f"{path} is damaged (the header does not fit): {_RESTORE}")
+            raise ValueError(f"{path} is damaged (the header does not fit): {bpe_file.RESTORE}")
         return tokenizer
 
     def save(self, directory: str | Path) -> None:
@@ -200,13 +194,12 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides the ids (sha256, 64 hex digits)."""
-        return _digest(self.pattern, self.special_names, self._body)
+        return bpe_file.digest(self.pattern, self.special_names, self._body)
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pair that each token from rank 256 on was merged from, in order of rank."""
-        ranks = {token: rank for rank, token in enumerate(self._ordinary)}
-        return [_split(self._ordinary[rank], ranks) for rank in range(256, len(ranks))]
+        return merges_of(self._ordinary)
 
     def as_tiktoken(self) -> tiktoken.Encoding:
         """The same tokenizer in tiktoken: the reference for encoding and decoding."""
@@ -214,43 +207,7 @@ class Tokenizer:
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The same tokenizer as the content of Hugging Face's `tokenizer.json`."""
-        letters = byte_letters()
-        written = ["".join(letters[byte] for byte in token) for token in self._ordinary]
-        of_token = dict(zip(self._ordinary, written, strict=True))
-        split = {"Regex": self.pattern}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": id, "content": f"<|{name}|>", **flags, "special": True}
-                for name, id in self._special_ids.items()
-            ],
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
-                    {**byte_level, "use_regex": False},
-                ],
-            },
-            "post_processor": None,
-            "decoder": {**byte_level, "use_regex": False},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {text: rank for rank, text in enumerate(written)},
-                "merges": [[of_token[left], of_token[right]] for left, right in self.merges],
-            },
-        }
+        return tokenizer_json(self.pattern, self._ordinary, self._special_ids)
 
     @cached_property
     def _encoder(self) -> rustbpe.Tokenizer:
@@ -268,22 +225,13 @@ class Tokenizer:
         )
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "pattern": self.pattern,
-            "specials": list(self.special_names),
-            "vocab_size": self.vocab_size,
-            "sha256": self.fingerprint,
-        }
+        return bpe_file.make_header(
+            self.pattern, self.special_names, self.vocab_size, self.fingerprint
+        )
 
     @property
     def _body(self) -> bytes:
-        lines = (
-            b"%b %d\n" % (base64.b64encode(token), rank)
-            for rank, token in enumerate(self._ordinary)
-        )
-        return b"".join(lines)
+        return bpe_file.write_ranks(self._ordinary)
 
     def _token(self, id: int) -> bytes:
         if not 0 <= id < len(self._tokens):
@@ -310,49 +258,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def parse_ranks(body: bytes, *, source: str | Path) -> list[bytes]:
-    """Tokens in order of rank from `base64(token) rank` lines (tiktoken's format).
-
-    Raises ValueError, naming `source` and the line, for anything else.
-    """
-    tokens: list[bytes] = []
-    for number, line in enumerate(body.splitlines()):
-        try:
-            token, rank = line.split()
-            tokens.append(base64.b64decode(token, validate=True))
-            in_order = int(rank) == number
-        except ValueError:  # binascii.Error is one
-            in_order = False
-        if not in_order:
-            raise ValueError(f"{source} is damaged at rank {number}: {line!r:.60}")
-    return tokens
-
-
-_RESTORE = "copy it again, or train a new one with `python -m scripts.tok_train`"
-
-
-def _parse_header(path: Path, line: bytes) -> Mapping[str, Any]:
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):  # the latter for a file of brackets
-        header = None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no tokenizer of this project, or damaged: {_RESTORE}")
-    if header.get("version") != _VERSION or header.get("specials") != list(SPECIAL_NAMES):
-        raise ValueError(
-            f"{path} has version {header.get('version')} and special tokens "
-            f"{header.get('specials')}; this program reads version {_VERSION} with "
-            f"{list(SPECIAL_NAMES)}: {_RESTORE}"
-        )
-    if not isinstance(header.get("pattern"), str):
-        raise ValueError(f"{path} is damaged (no split pattern): {_RESTORE}")
-    return header
-
-
-def _digest(pattern: str, specials: Iterable[str], body: bytes) -> str:
-    return hashlib.sha256(json.dumps([pattern, list(specials)]).encode() + b"\n" + body).hexdigest()
-
-
 def _well_formed(text: str) -> str:
     """`text` with lone surrogates, which UTF-8 cannot hold, replaced as tiktoken does."""
     try:
@@ -360,40 +265,3 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _split(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that `token` was merged from: BPE on its bytes, stopped before the last merge.
-
-    Every pass merges all pairs of the lowest rank, so that a long run of one letter costs its
-    length, not its square.
-    """
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [left + right for left, right in pairwise(parts)]
-        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if ranks.get(best, len(ranks)) >= ranks[token]:
-            break
-        parts = list(_merged(parts, best))
-    if len(parts) != 2:
-        raise ValueError(f"token {token!r:.60} (rank {ranks[token]}) is not a merge of two tokens")
-    return parts[0], parts[1]
-
-
-def _merged(parts: Sequence[bytes], whole: bytes) -> Iterator[bytes]:
-    """`parts` with every neighbouring pair that spells `whole` joined, left to right."""
-    i = 0
-    while i < len(parts):
-        joined = i + 1 < len(parts) and parts[i] + parts[i + 1] == whole
-        yield whole if joined else parts[i]
-        i += 1 + joined
-
-
-def byte_letters() -> list[str]:
-    """GPT-2's printable letter for each byte: itself where printable, else U+0100 upwards."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, spare = [], 0x100
-    for byte in range(256):
-        letters.append(chr(byte if byte in printable else spare))
-        spare += byte not in printable
-    return letters

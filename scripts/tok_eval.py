@@ -23,7 +23,8 @@ from rich.table import Table as ScreenTable
 from rich.text import Text as ScreenText
 
 from jaxchat import artifacts, cli, dataset, report
-from jaxchat.tokenizer import Tokenizer, parse_ranks
+from jaxchat.bpe_file import parse_ranks
+from jaxchat.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
