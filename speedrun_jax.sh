@@ -41,11 +41,11 @@ else
     JAXCHAT_TIER=cpu why="no NVIDIA GPU found"
 fi
 
-# Rows of 2048 tokens per GPU and micro-batch, by the smallest card's memory.
-if ((gpu_memory_mib >= 70000)); then rows=32
-elif ((gpu_memory_mib >= 38000)); then rows=16
-elif ((gpu_memory_mib >= 20000)); then rows=8
-else rows=4; fi
+# Training takes as many rows at a time as a card holds; small cards have a preset that saves memory.
+fit=()
+if ((gpus && gpu_memory_mib < 12000)); then fit=(--card 8)
+elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16)
+elif ((gpus && gpu_memory_mib < 38000)); then fit=(--card 24); fi
 
 extras=()
 ((gpus > 0)) && extras=(--extra gpu)
@@ -57,7 +57,7 @@ node)
     # Its 5.9 B tokens at 4.7 characters are 28 G characters; a shard holds 250 M: 110, and slack.
     data=(--dataset climbmix --num-shards 150 --all)
     tok=(--corpus climbmix)
-    base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 1000)
+    base=(--corpus climbmix --target-param-data-ratio 8 ${fit[@]+"${fit[@]}"} --save-every 1000)
     loss=(--corpus climbmix)
     eval=()
     mid=(--data hub) sft=(--data hub) rl=(--data hub)
@@ -68,7 +68,7 @@ gpu)
     # 0.9 B tokens at depth 12 are 4.2 G characters: 17 shards, and the tokenizer wants 2 G of them.
     data=(--dataset climbmix --num-shards 24 --all)
     tok=(--corpus climbmix)
-    base=(--corpus climbmix --target-param-data-ratio 8 --device-batch-size "$rows" --save-every 500)
+    base=(--corpus climbmix --target-param-data-ratio 8 ${fit[@]+"${fit[@]}"} --save-every 500)
     loss=(--corpus climbmix)
     eval=()
     mid=(--data hub) sft=(--data hub) rl=(--data hub)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
+from jaxchat.memory import NO_SAVINGS, Savings, StepMemory
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
 
@@ -48,6 +49,8 @@ class DeviceInfo(NamedTuple):
     """Processes of the run that read rows of their own; `train_step` takes a process's share."""
     process: int = 0
     """This one among them."""
+    memory_bytes: int | None = None
+    """What one device may hold while training; None where steps do not say what they need."""
 
 
 class Scores(NamedTuple):
@@ -183,8 +186,13 @@ class Backend(Protocol):
 
     # --- training ------------------------------------------------------------------------------
 
-    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
-        """Make a fresh optimizer state for the present weights."""
+    def start_training(
+        self, optimizer: OptimizerConfig, plan: TrainingPlan, savings: Savings = NO_SAVINGS
+    ) -> None:
+        """Make a fresh optimizer state for the present weights.
+
+        ValueError where this framework cannot save memory so.
+        """
         ...
 
     def agree(self, asked: bool) -> bool:
@@ -213,6 +221,13 @@ class Backend(Protocol):
         A step that is not finite, or above one of the `limits`, changes nothing.
         Returns scalars (`loss` in nats per counted target, `grad_norm`, `skipped` 0 or 1) that may
         still be on their way: converting one to float waits for it.
+        """
+        ...
+
+    def step_memory(self, shape: tuple[int, int, int]) -> StepMemory | None:
+        """What a `train_step` on (A, B, T), all processes' rows together, needs of each device.
+
+        Compiles the step and runs nothing. None where memory is taken as it is needed.
         """
         ...
 

@@ -15,6 +15,11 @@ import tyro
 
 ConfigT = TypeVar("ConfigT")
 
+LESS_MEMORY = (
+    "The device's memory ran out. Training: lower --device-batch-size, or save memory with "
+    "base_train's --remat block or --offload-optimizer. Generation: fewer --slots or --max-tokens."
+)
+
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
 
@@ -52,6 +57,17 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error) or os.environ.get("JAXCHAT_TRACEBACK"):
+            raise
+        print(f"error: {str(error).splitlines()[0]}\n{LESS_MEMORY}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """XLA says RESOURCE_EXHAUSTED, torch says out of memory; both are RuntimeErrors."""
+    words = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words or "of memory" in words

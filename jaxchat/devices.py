@@ -1,4 +1,4 @@
-"""The machine as JAX sees it: compute dtype, a description, and the compilation cache.
+"""The machine as JAX sees it: compute dtype, a description, memory, and compiling.
 
 `torch_ref/runtime.py` is its twin.
 """
@@ -12,6 +12,23 @@ from jax.typing import DTypeLike
 from jaxchat import runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DeviceInfo
+
+GPU_MEMORY_FRACTION = 0.92
+"""What a process takes of a GPU's memory; the rest is for CUDA's own buffers."""
+
+CPU_MEMORY_FRACTION = 0.25
+"""What training may fill of a machine's memory, shared by its devices: others work there too."""
+
+COMBINED_BYTES = 2**28
+"""Collectives are combined up to this size, above the 113 MB of a layer's gradients at depth 24."""
+
+SEVERAL_GPUS: dict[str, bool | int] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED_BYTES,
+    "xla_gpu_all_gather_combine_threshold_bytes": COMBINED_BYTES,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED_BYTES,
+}
+"""For the collectives of a training step."""
 
 
 def compute_dtype(explicit: str | None = None) -> DTypeLike:
@@ -52,7 +69,23 @@ def describe(count: int, row_shares: int | None = None) -> DeviceInfo:
         peak_flops=None if peak is None else peak * count,
         processes=jax.process_count(),
         process=jax.process_index(),
+        memory_bytes=_memory_bytes(),
     )
+
+
+def claim_memory() -> None:
+    """Let JAX take nearly all of a GPU's memory, not its usual three quarters.
+
+    Before the first use of a device. XLA_PYTHON_CLIENT_MEM_FRACTION in the environment wins.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+
+
+def step_options(device_count: int) -> dict[str, bool | int] | None:
+    """XLA's options for a training step on several GPUs: talk while computing, in few messages."""
+    if device_count == 1 or jax.default_backend() != "gpu":
+        return None
+    return SEVERAL_GPUS
 
 
 def enable_compilation_cache() -> None:
@@ -63,6 +96,12 @@ def enable_compilation_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(base_dir() / "compilation_cache"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _memory_bytes() -> int | None:
+    if _is_cpu():
+        return int(runtime.memory_bytes() * CPU_MEMORY_FRACTION) // jax.local_device_count()
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _is_cpu() -> bool:

@@ -41,6 +41,7 @@ from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
 from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
 from jaxchat.loss_eval import bits_per_byte
+from jaxchat.micro_batch import settle_rows
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
@@ -90,7 +91,6 @@ class _Run:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     plan: TrainingPlan
-    device_batch_size: int
     facts: Mapping[str, Any]
 
     @property
@@ -117,12 +117,25 @@ def _train(run: _Run) -> None:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     options, backend, plan = run.options, run.backend, run.plan
+    savings = run.inherited.savings_on(backend.name)
+    backend.start_training(run.optimizer, plan, savings)
+    if options.warm_start:
+        load_arrays(backend, run.model.path, run.model.meta, training=True)
+    restored = run.store.restore(backend, run.facts) if options.resume == "auto" else None
+    start = restored or fresh_start()
+    rows = settle_rows(
+        backend,
+        plan,
+        sequence_len=run.sequence_len,
+        asked=options.device_batch_size,
+        before=start.get("config", {}).get("device_batch_size", run.inherited.device_batch_size),
+    )
     loop = LoopConfig(
         num_iterations=plan.num_iterations,
         micro_batches=micro_batches(
             plan,
             sequence_len=run.sequence_len,
-            device_batch_size=run.device_batch_size,
+            device_batch_size=rows,
             devices=backend.devices.count,
         ),
         flops_per_token=flops_per_token(backend.config),
@@ -130,11 +143,6 @@ def _train(run: _Run) -> None:
         save_every=options.save_every,
         sample_every=options.sample_every,
     )
-    backend.start_training(run.optimizer, plan)
-    if options.warm_start:
-        load_arrays(backend, run.model.path, run.model.meta, training=True)
-    restored = run.store.restore(backend, run.facts) if options.resume == "auto" else None
-    start = restored or fresh_start()
     _describe(run, loop, start["step"])
     tracker = open_tracker(
         run.store.directory,
@@ -154,9 +162,9 @@ def _train(run: _Run) -> None:
                 **run.facts,
                 BASE_OPTIMIZER: asdict(run.inherited.optimizer),
                 "run": start["run"],
-                "config": _settled(run),
+                "config": _settled(run) | asdict(savings) | {"device_batch_size": rows},
             },
-            evaluate=lambda: {"val/bpb": _validate(run)},
+            evaluate=lambda: {"val/bpb": _validate(run, rows)},
             sample=lambda: _show(_sample(run)),
             agree=backend.agree,
         )
@@ -225,22 +233,17 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
-        device_batch_size=options.device_batch_size or inherited.device_batch_size,
         facts=facts,
     )
 
 
 def _settled(run: _Run) -> dict[str, Any]:
-    """The options with what was inherited filled in, for the stages after this one."""
+    """The options as JSON, with the model that they came to."""
     options = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(run.options).items()
     }
-    return {
-        **options,
-        "model_tag": run.model.tag,
-        "device_batch_size": run.device_batch_size,
-    }
+    return {**options, "model_tag": run.model.tag}
 
 
 def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
@@ -272,9 +275,9 @@ def _train_loader(run: _Run, state: Mapping[str, Any] | None) -> ChatLoader:
     )
 
 
-def _validate(run: _Run) -> float:
+def _validate(run: _Run, device_batch_size: int) -> float:
     """Bits per byte of what the model should say, on the first `eval_tokens` of validation."""
-    rows = run.device_batch_size * run.backend.devices.count
+    rows = device_batch_size * run.backend.devices.count
     batches = max(1, run.options.eval_tokens // (rows * run.sequence_len))
     with ChatLoader(
         run.lesson.val,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.config import REFERENCE_BATCH_TOKENS, OptimizerConfig
+from jaxchat.memory import NO_SAVINGS, Savings
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class FinetuneOptions:
     epochs: float = 1.0
     """Passes over the mixture."""
     device_batch_size: int | None = None
-    """Rows per device and micro-batch: lower it when memory runs out."""
+    """Rows per device and micro-batch; the source's, where they divide the batch, or as many as
+    its memory holds."""
     total_batch_size: int | None = None
     """Tokens per optimizer step."""
     embedding_lr: float | None = None
@@ -85,7 +87,10 @@ class Inherited:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The base run's, whatever stages lie between: their fractions are of the same rates."""
     total_batch_size: int = REFERENCE_BATCH_TOKENS
-    device_batch_size: int = 32
+    device_batch_size: int | None = None
+    savings: Savings = NO_SAVINGS
+    backend: str | None = None
+    """What trained it."""
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> "Inherited":
@@ -94,9 +99,17 @@ class Inherited:
             known["optimizer"] = OptimizerConfig.from_dict(optimizer)
         if "plan" in meta:
             known["total_batch_size"] = meta["plan"]["total_batch_size"]
-        if "device_batch_size" in meta.get("config", {}):
-            known["device_batch_size"] = meta["config"]["device_batch_size"]
+        config = meta.get("config", {})
+        if "device_batch_size" in config:
+            known["device_batch_size"] = config["device_batch_size"]
+        if "offload_optimizer" in config:
+            known["savings"] = Savings(config["remat"], config["offload_optimizer"])
+            known["backend"] = meta.get("backend")
         return cls(**known)
+
+    def savings_on(self, backend: str) -> Savings:
+        """The run's, if this framework trained it: the other has other ways."""
+        return self.savings if backend == self.backend else NO_SAVINGS
 
 
 def optimizer_of(options: FinetuneOptions, inherited: OptimizerConfig) -> OptimizerConfig:

@@ -4,6 +4,7 @@ The object holds arrays and hands them to the functions of train_step.py, loss.p
 it computes nothing itself. Left out: schedules, data and checkpoint names, which belong to callers.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from jaxchat.convert import check_params
 from jaxchat.gpt import GPT
 from jaxchat.kv_cache import KVCache
 from jaxchat.loss import token_scores
+from jaxchat.memory import NO_SAVINGS, Savings, StepMemory
 from jaxchat.params import Params, bind, split
 from jaxchat.prompt_scores import PromptScorer
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
-from jaxchat.train_step import StepMetrics, TrainState, TrainStep, make_train_step
+from jaxchat.train_step import StepMetrics, TrainState, make_train_step
 
 
 class JaxBackend:
@@ -46,6 +48,7 @@ class JaxBackend:
         mesh: str | None = None,
     ) -> None:
         self.config = config
+        devices.claim_memory()
         distributed.join()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
@@ -57,7 +60,8 @@ class JaxBackend:
         self._placements = sharding.weights(self.mesh, self._shapes)
         self._params: Params | None = None
         self._opt_state: Any = None
-        self._train_step: TrainStep | None = None
+        self._train_step: Any = None
+        self._compiled: dict[tuple[int, ...], Any] = {}
         self._score = jax.jit(
             partial(_score, self._graphdef, self.mesh), out_shardings=self._replicated
         )
@@ -136,7 +140,9 @@ class JaxBackend:
 
     # --- training ------------------------------------------------------------------------------
 
-    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
+    def start_training(
+        self, optimizer: OptimizerConfig, plan: TrainingPlan, savings: Savings = NO_SAVINGS
+    ) -> None:
         transform = optim.make_optimizer(
             self.config,
             optimizer,
@@ -145,11 +151,39 @@ class JaxBackend:
             layout=sharding.MeshLayout(self.mesh),
         )
         abstract = jax.eval_shape(transform.init, self.params)
-        placements = sharding.optimizer_state(self.mesh, abstract)
-        self._opt_state = jax.jit(transform.init, out_shardings=placements)(self.params)
+        updating, resting = None, sharding.optimizer_state(self.mesh, abstract)
+        if savings.offload_optimizer:
+            updating, resting = resting, sharding.in_host_memory(resting)
+        self._opt_state = jax.jit(transform.init, out_shardings=resting)(self.params)
         weights: Any = self._placements
-        whole = TrainState(weights, placements)
-        self._train_step = make_train_step(self._graphdef, transform, self.mesh, whole)
+        self._train_step = make_train_step(
+            self._graphdef,
+            transform,
+            self.mesh,
+            TrainState(weights, resting),
+            remat=savings.remat,
+            updating=updating,
+        )
+        self._compiled.clear()
+
+    def step_memory(self, shape: tuple[int, int, int]) -> StepMemory:
+        assert self._train_step is not None, "call start_training before step_memory"
+        place = sharding.place(self.mesh, sharding.MICRO_BATCHES)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+        state = TrainState(self.params, self._opt_state)
+        moving = StepSchedule(*(np.float32(0) for _ in StepSchedule._fields))
+        bounds = Limits(*map(np.float32, NO_LIMITS))
+        lowered = self._train_step.lower(state, (ids, ids, None), moving, bounds)
+        self._compiled[shape] = step = lowered.compile()
+        needed = step.memory_analysis()
+        weights, optimizer = _device_bytes(state.params), _device_bytes(state.opt_state)
+        whole = (
+            needed.argument_size_in_bytes
+            + needed.output_size_in_bytes
+            - needed.alias_size_in_bytes
+            + needed.temp_size_in_bytes
+        )
+        return StepMemory(weights, optimizer, working=whole - weights - optimizer)
 
     def agree(self, asked: bool) -> bool:
         return self._vote(asked)
@@ -177,7 +211,10 @@ class JaxBackend:
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
         bounds = Limits(*map(np.float32, limits))
-        (self._params, self._opt_state), metrics = self._train_step(state, batch, moving, bounds)
+        # what step_memory compiled need not compile again
+        known = None if weights is not None else self._compiled.get(batch[0].shape)
+        step = known or self._train_step
+        (self._params, self._opt_state), metrics = step(state, batch, moving, bounds)
         assert isinstance(metrics, StepMetrics)
         return metrics._asdict()
 
@@ -232,6 +269,15 @@ class JaxBackend:
 def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
     """The model's graph and the shapes of its weights, without allocating them."""
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
+
+
+def _device_bytes(arrays: Any) -> int:
+    """Bytes of device memory that the first device's shares fill."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arrays)
+        if x.sharding.memory_kind != "pinned_host"
+    )
 
 
 def _make_mesh(config: GPTConfig, mesh: str | None, device: int | None) -> Mesh:

@@ -137,6 +137,11 @@ def optimizer_state(mesh: Mesh, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
+def in_host_memory(placements: Any) -> Any:
+    """The same placements, in the memory of each device's host."""
+    return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), placements)
+
+
 def without(axis: str, spec: P) -> P:
     """The placement with `axis` gathered."""
     return P(*(None if entry == axis else entry for entry in spec))

@@ -7,7 +7,7 @@ it into a policy gradient: an advantage per token, and the same mean.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxchat import sharding
+from jaxchat import devices, sharding
 from jaxchat.gpt import GPT
 from jaxchat.loss import cross_entropy
 from jaxchat.params import Params, bind
@@ -59,17 +59,23 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     placements: TrainState | None = None,
+    *,
+    remat: str = "none",
+    updating: Any = None,
 ) -> TrainStep:
     """Compile-ready step over `mesh`; the state passed in is donated.
 
     `placements` holds a sharding for every array of the state, which goes out as it came in: the
-    step then compiles once. None leaves it to the compiler.
+    step then compiles once. None leaves it to the compiler. `remat` is memory.py's;
+    `updating` says where the optimizer state is updated, if not where it rests.
     """
 
     def step(
         state: TrainState, batch: Batch, schedule: StepSchedule, limits: Limits = NO_LIMITS
     ) -> tuple[TrainState, StepMetrics]:
-        loss, grads = loss_and_grads(graphdef, state.params, batch, mesh)
+        loss, grads = loss_and_grads(graphdef, state.params, batch, mesh, remat=remat)
+        if updating is not None:
+            state = TrainState(state.params, jax.device_put(state.opt_state, updating))
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, schedule=schedule
         )
@@ -83,11 +89,16 @@ def make_train_step(
 
     replicated = sharding.place(mesh, sharding.REPLICATED)
     outputs = None if placements is None else (placements, replicated)
-    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=outputs,
+        compiler_options=devices.step_options(mesh.size),
+    )
 
 
 def loss_and_grads(
-    graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh, *, remat: str = "none"
 ) -> tuple[Float[Array, ""], Params]:
     """Weighted mean loss over the counted targets of all micro-batches, and its gradient."""
 
@@ -96,7 +107,7 @@ def loss_and_grads(
     ) -> Float[Array, ""]:
         model = bind(graphdef, params)
         assert isinstance(model, GPT)
-        hidden, _ = model.hidden(inputs)
+        hidden, _ = model.hidden(inputs, remat=remat)
         counted = (targets >= 0).astype(jnp.float32)
         weights = counted if weights is None else counted * weights
         config = model.config

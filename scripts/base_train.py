@@ -34,6 +34,8 @@ from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte
+from jaxchat.memory import savings_of
+from jaxchat.micro_batch import settle_rows
 from jaxchat.report import Report
 from jaxchat.request import Request
 from jaxchat.schedule import schedule_at
@@ -77,8 +79,15 @@ class Config:
     target_param_data_ratio: float = 12.0
     """Tokens per scaling parameter."""
 
-    device_batch_size: int = 32
-    """Rows per device and micro-batch: lower it when memory runs out."""
+    device_batch_size: int | None = None
+    """Rows per device and micro-batch; as many as its memory holds when not set."""
+    card: int | None = None
+    """Preset for a card of 8, 16, 24 or 80 GB: the memory to fit into, and what saves some."""
+    remat: str | None = None
+    """What a block keeps for its backward pass: everything (none), the results of its products
+    (products), its input (block), or that in host memory (offload). The rest is computed twice."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
     total_batch_size: int | None = None
     """Tokens per optimizer step; the scaling rule decides when not set."""
     embedding_lr: float = OptimizerConfig.wte.lr
@@ -151,7 +160,6 @@ def train(config: Config, store: CheckpointStore) -> None:
     corpus = open_corpus(config.corpus or default_corpus())
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)
-    loop = loop_of(config, backend, plan)
     facts = {
         "tokenizer": tokenizer.fingerprint,
         "corpus": corpus.fingerprint,
@@ -161,9 +169,19 @@ def train(config: Config, store: CheckpointStore) -> None:
         "seed": config.seed,
     }
     backend.init(config.seed)
-    backend.start_training(optimizer, plan)
+    savings = savings_of(config.card, config.remat, config.offload_optimizer)
+    backend.start_training(optimizer, plan, savings)
     restored = store.restore(backend, facts) if config.resume == "auto" else None
     start = restored or fresh_start()
+    rows = settle_rows(
+        backend,
+        plan,
+        sequence_len=config.sequence_len,
+        asked=config.device_batch_size,
+        before=start.get("config", {}).get("device_batch_size"),
+        card=config.card,
+    )
+    loop = loop_of(config, backend, plan, rows)
     describe(config, backend, plan, loop, start["step"])
     tracker = open_tracker(
         store.directory,
@@ -179,8 +197,12 @@ def train(config: Config, store: CheckpointStore) -> None:
             schedule=lambda step: schedule_at(step, schedule, plan),
             store=store,
             tracker=tracker,
-            meta=facts | {"run": start["run"], "config": asdict(config)},
-            evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend)},
+            meta=facts
+            | {
+                "run": start["run"],
+                "config": asdict(config) | asdict(savings) | {"device_batch_size": rows},
+            },
+            evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
             sample=lambda: show(sample(backend, tokenizer)),
             agree=backend.agree,
             best_by="val/bpb",
@@ -246,13 +268,13 @@ def plan_of(config: Config, model: GPTConfig, optimizer: OptimizerConfig) -> Tra
     )
 
 
-def loop_of(config: Config, backend: Backend, plan: TrainingPlan) -> LoopConfig:
+def loop_of(config: Config, backend: Backend, plan: TrainingPlan, rows: int) -> LoopConfig:
     return LoopConfig(
         num_iterations=plan.num_iterations,
         micro_batches=micro_batches(
             plan,
             sequence_len=config.sequence_len,
-            device_batch_size=config.device_batch_size,
+            device_batch_size=rows,
             devices=backend.devices.count,
         ),
         flops_per_token=flops_per_token(backend.config),
@@ -304,9 +326,11 @@ def train_loader(
     )
 
 
-def validate(config: Config, corpus: Corpus, tokenizer: Tokenizer, backend: Backend) -> float:
+def validate(
+    config: Config, corpus: Corpus, tokenizer: Tokenizer, backend: Backend, device_rows: int
+) -> float:
     """Bits per byte of the present weights on the first `eval_tokens` of the validation split."""
-    rows = config.device_batch_size * backend.devices.count
+    rows = device_rows * backend.devices.count
     batches = max(1, config.eval_tokens // (rows * config.sequence_len))
     with PackedLoader(
         corpus,

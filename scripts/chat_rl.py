@@ -137,7 +137,8 @@ def train(
     plan, optimizer = plan_of(config, model, task)
     loop = loop_of(config, model, plan)
     facts = facts_of(config, model, task, plan, optimizer)
-    model.backend.start_training(optimizer, plan)
+    savings = Inherited.of(model.meta).savings_on(model.backend.name)
+    model.backend.start_training(optimizer, plan, savings)
     restored = store.restore(model.backend, facts) if config.resume == "auto" else None
     start = restored or fresh_start()
     runtime.print0(

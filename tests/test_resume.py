@@ -39,20 +39,22 @@ def world(tmp_path_factory):
     return base
 
 
-def command(world, base):
+def command(world, base, options=OPTIONS):
     """A training process with a base directory of its own."""
     base.mkdir(exist_ok=True)
     for shared in ("tokenizer", "compilation_cache"):
         (world / shared).mkdir(exist_ok=True)
         if not (base / shared).exists():
             (base / shared).symlink_to(world / shared)
-    words = [sys.executable, "-m", "scripts.base_train", *OPTIONS, "--corpus", str(world / "text")]
+    words = [sys.executable, "-m", "scripts.base_train", *options, "--corpus", str(world / "text")]
     env = {**os.environ, "JAXCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return {"args": words, "env": env, "cwd": ROOT}
 
 
-def finish(world, base):
-    done = subprocess.run(**command(world, base), capture_output=True, text=True, timeout=300)
+def finish(world, base, options=OPTIONS):
+    done = subprocess.run(
+        **command(world, base, options), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -105,6 +107,19 @@ def _kill_after(world, base, *, step):
                 break
             time.sleep(0.01)
         process.wait()
+
+
+def test_a_run_keeps_the_micro_batch_that_it_began_with(world, uninterrupted, tmp_path):
+    """Where nobody says how many rows, memory decides, but not in the middle of a run."""
+    where = OPTIONS.index("--device-batch-size")
+    open_choice = [*OPTIONS[:where], *OPTIONS[where + 2 :]]
+    _kill_after(world, tmp_path, step=5)
+    assert "with --device-batch-size 2 needs" in finish(world, tmp_path, open_choice)
+    assert losses(tmp_path) == losses(uninterrupted)
+    fresh = tmp_path / "fresh"
+    assert "with --device-batch-size 4 needs" in finish(world, fresh, open_choice)
+    metas = [CheckpointStore(run_of(base)).read_meta(STEPS) for base in (tmp_path, fresh)]
+    assert [meta["config"]["device_batch_size"] for meta in metas] == [2, 4]
 
 
 def test_sigterm_saves_and_says_so(world, uninterrupted, tmp_path):

@@ -23,6 +23,7 @@ from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, SamplingPar
 from torch_ref import attention as kernels
 from torch_ref import kv_cache
 from torch_ref.kv_cache import KVCache
+from torch_ref.remat import recomputed
 
 NORM_EPS = 1e-6
 
@@ -227,11 +228,13 @@ class GPT(nn.Module):
         ids: Int[Tensor, "B T"],
         cache: KVCache | None = None,
         valid: Int[Tensor, " B"] | None = None,
+        remat: str = "none",
     ) -> tuple[Float[Tensor, "B T D"], KVCache | None]:
         """The final normed state of every position, and the cache with these tokens appended.
 
         With a cache, row b's tokens continue it at `cache.lengths[b]`, and only the first
-        `valid[b]` of them count (all, when None): the rest is padding.
+        `valid[b]` of them count (all, when None): the rest is padding. `remat` is for training
+        (memory.py).
         """
         config = self.config
         if valid is None:
@@ -245,7 +248,7 @@ class GPT(nn.Module):
             if config.residual_scalars:
                 x = _scalar(self.resid_lambdas, i, x) * x + _scalar(self.x0_lambdas, i, x) * x0
             value_embed = self.value_embeds[str(i)](ids) if config.has_value_embed(i) else None
-            x, layer_cache = block(x, value_embed, cos_sin, cache, valid)
+            x, layer_cache = recomputed(block, remat)(x, value_embed, cos_sin, cache, valid)
             stored.append(layer_cache)
             if i == config.n_layer // 2:
                 x_mid = x

@@ -18,6 +18,7 @@ from torch import Tensor
 from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores, Snapshot
 from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
 from jaxchat.convert import check_params
+from jaxchat.memory import NO_SAVINGS, Savings
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
 from torch_ref import decoding, kv_cache, runtime, weights
@@ -25,6 +26,7 @@ from torch_ref.gpt import GPT
 from torch_ref.kv_cache import KVCache
 from torch_ref.loss import token_scores
 from torch_ref.optim import Optimizer, make_optimizer
+from torch_ref.remat import REMAT
 from torch_ref.sharding import join_ranks
 from torch_ref.train_step import LossScale, global_norm, loss_and_grads
 
@@ -63,6 +65,7 @@ class TorchBackend:
         self._has_weights = False
         self._cast_model: GPT | None = None
         self._optimizer: Optimizer | None = None
+        self._remat = "none"
         self._loss_scale = LossScale() if self.dtype == torch.float16 else None
 
     # --- weights -------------------------------------------------------------------------------
@@ -130,7 +133,15 @@ class TorchBackend:
 
     # --- training ------------------------------------------------------------------------------
 
-    def start_training(self, optimizer: OptimizerConfig, plan: TrainingPlan) -> None:
+    def start_training(
+        self, optimizer: OptimizerConfig, plan: TrainingPlan, savings: Savings = NO_SAVINGS
+    ) -> None:
+        if savings.offload_optimizer or savings.remat not in REMAT:
+            raise ValueError(
+                f"torch saves memory by --remat {' or '.join(REMAT)} alone; use --backend jax for "
+                "other policies and for --offload-optimizer"
+            )
+        self._remat = savings.remat
         self._optimizer = make_optimizer(
             dict(self.model.named_parameters()),
             self.config,
@@ -141,6 +152,10 @@ class TorchBackend:
         )
         if self._loss_scale is not None:
             self._loss_scale = LossScale()
+
+    def step_memory(self, shape: tuple[int, int, int]) -> None:
+        """Nobody knows before the step has run."""
+        del shape
 
     def agree(self, asked: bool) -> bool:
         votes = torch.tensor(float(asked), device=self.device)
@@ -174,6 +189,7 @@ class TorchBackend:
             count=max(1, int((targets >= 0).sum())),
             ranks=self.ranks,
             loss_scale=1.0 if self._loss_scale is None else self._loss_scale.value,
+            remat=self._remat,
         )
         norm = global_norm(grads.values())
         fine = bool(torch.isfinite(loss + norm))

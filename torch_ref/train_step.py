@@ -49,6 +49,7 @@ def loss_and_grads(
     count: int,
     ranks: Ranks,
     loss_scale: float = 1.0,
+    remat: str = "none",
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Weighted mean loss over the `count` counted targets of all micro-batches, and its gradient.
 
@@ -58,7 +59,7 @@ def loss_and_grads(
     counted = (targets >= 0).float()
     weights = counted if weights is None else counted * weights
     for micro in zip(inputs, targets, weights, strict=True):
-        nats = _summed_loss(model, *micro)
+        nats = _summed_loss(model, *micro, remat=remat)
         (nats * (loss_scale / count)).backward()
         total += nats.detach()
     grads = {}
@@ -77,8 +78,10 @@ def _summed_loss(
     inputs: Int[Tensor, "B T"],
     targets: Int[Tensor, "B T"],
     weights: Float[Tensor, "B T"],
+    *,
+    remat: str,
 ) -> Float[Tensor, ""]:
-    hidden, _ = model.hidden(inputs)
+    hidden, _ = model.hidden(inputs, remat=remat)
     config = model.config
     return cross_entropy(
         hidden,

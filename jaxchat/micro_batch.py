@@ -1,0 +1,91 @@
+"""How many rows a device takes at a time: what memory allows; the rest of a batch accumulates.
+
+The choice is made before the first step, from what the compiled step says it needs, and it is
+printed. A run that continues keeps the choice it began with, and so the order of its sums.
+"""
+
+from jaxchat import runtime
+from jaxchat.backend import Backend
+from jaxchat.config import TrainingPlan
+from jaxchat.memory import USABLE, StepMemory, card_of, largest_that_fits, readable
+
+UNKNOWN_MEMORY_TOKENS = 2**16
+"""Tokens a device takes at a time where nobody says what fits."""
+
+
+def settle_rows(
+    backend: Backend,
+    plan: TrainingPlan,
+    *,
+    sequence_len: int,
+    asked: int | None = None,
+    before: int | None = None,
+    card: int | None = None,
+) -> int:
+    """Rows per device and micro-batch: those asked for, those of `before`, or what fits.
+
+    `before` is what the run, or the one it comes from, has used; it counts where it still divides
+    the batch. `card` names a preset of memory.py in place of the device's own memory. Call it
+    after `start_training`. ValueError, with the remedies, where not even one row fits.
+    """
+    devices = backend.devices.count
+    rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
+    choices = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
+    if not choices:  # nothing divides: config.micro_batches says what would
+        return asked or 1
+    chosen = asked or (before if before in choices else None)
+    needs: dict[int, StepMemory] = {}
+
+    def need(rows: int) -> int:
+        count = plan.total_batch_size // (rows * devices * sequence_len)
+        needed = backend.step_memory((count, rows * devices, sequence_len))
+        assert needed is not None, "a backend knows what steps need or does not"
+        needs[rows] = needed
+        return needed.total
+
+    limit = _limit(backend, card)
+    if limit is None:
+        most = max(1, UNKNOWN_MEMORY_TOKENS // sequence_len)
+        return chosen or max(n for n in choices if n <= most)
+    if chosen is None:
+        chosen = largest_that_fits(choices, need, limit)
+    elif chosen in choices:
+        need(chosen)
+    if chosen is None:
+        raise ValueError(_nothing_fits(needs[1], limit))
+    if chosen in needs:
+        runtime.print0(_budget(chosen, needs, limit))
+    return chosen
+
+
+def _limit(backend: Backend, card: int | None) -> float | None:
+    """Bytes that a step may need on the smallest device; None where they cannot be known."""
+    everywhere = backend.gather(backend.devices.memory_bytes)
+    if None in everywhere:
+        return None
+    return USABLE * (min(everywhere) if card is None else card_of(card).memory_bytes)
+
+
+def _budget(rows: int, needs: dict[int, StepMemory], limit: float) -> str:
+    needed = needs[rows]
+    text = (
+        f"memory per device: a step with --device-batch-size {rows} needs {needed} of "
+        f"{readable(limit)}"
+    )
+    larger = min((n for n in needs if n > rows), default=None)
+    if larger is not None:
+        text += f"; {larger} would need {readable(needs[larger].total)}"
+    if needed.total > limit:
+        text += (
+            "\nwarning: that may be more than there is; lower --device-batch-size, or save memory "
+            "with --remat block or --offload-optimizer"
+        )
+    return text
+
+
+def _nothing_fits(needed: StepMemory, limit: float) -> str:
+    return (
+        f"a step of one row at a time needs {needed} per device, and {readable(limit)} may be "
+        "used: save memory with --remat block and --offload-optimizer, divide the weights over "
+        "devices with --mesh fsdp=N, or lower --sequence-len or --depth"
+    )
