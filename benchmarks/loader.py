@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from benchmarks.figures import Figure, print_table, share
 from jaxchat import cli
-from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
 from jaxchat.dataloader import REFILL_DOCS, PackedLoader
 from jaxchat.dataset import Corpus, open_corpus
 from jaxchat.jax_backend import JaxBackend
+from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
 from jaxchat.tokenizer import Tokenizer
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from benchmarks.figures import print_table
 from jaxchat import cli
-from jaxchat.config import ASPECT_RATIO, HEAD_DIM, GPTConfig, OptimizerConfig, plan_training
+from jaxchat.config import ASPECT_RATIO, HEAD_DIM, GPTConfig, OptimizerConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.memory import CARDS, GB, REMAT, USABLE, Savings
+from jaxchat.plan import plan_training
 
 
 @dataclass(frozen=True)

@@ -110,21 +110,17 @@ def encoder(
 
 
 def encode(subject: str, path: str, pattern: str, ranks_path: str) -> Result:
+    import numpy  # not by the trainers, and not while the clock runs
+
     texts = list(documents(path))
     run = encoder(subject, ranks_path, pattern)
     first, again = measured(lambda: run(texts)), measured(lambda: run(texts))
     times = {"first": first["cpu"], "again": again["cpu"]}
     walls = {"first_wall": first["wall"], "again_wall": again["wall"]}
-    return {**times, **walls, "peak_mb": peak_megabytes(), "digest": digest_of_ids(run(texts))}
-
-
-def digest_of_ids(encoded: Iterable[Iterable[int]]) -> str:
-    import numpy  # here, so that trainers do not carry it
-
-    digest = hashlib.sha256()
-    for ids in encoded:
+    peak, digest = peak_megabytes(), hashlib.sha256()
+    for ids in run(texts):
         digest.update(numpy.asarray(ids, numpy.uint32).tobytes() + b"|")
-    return digest.hexdigest()
+    return {**times, **walls, "peak_mb": peak, "digest": digest.hexdigest()}
 
 
 def peak_megabytes() -> float:

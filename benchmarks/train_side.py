@@ -27,6 +27,9 @@ PROBE_EDGE = {"cpu": 2048, "gpu": 8192}
 
 PROBE_TRIALS = 10
 
+SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""Sides hold one GPU together, so none may take all of its memory at its start."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -64,7 +67,7 @@ class Side:
             [sys.executable, "-m", "benchmarks.train_side", json.dumps(asdict(task))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **task.environment, "STARTED": str(time.time())},
+            env={**os.environ, **SHARING, **task.environment, "STARTED": str(time.time())},
             cwd=Path(__file__).parents[1],
             text=True,
         )
@@ -170,7 +173,8 @@ def _backend(task: Task) -> Any:
 
 def _trainer(task: Task, backend: Any) -> Callable[[], float]:
     """Fresh weights, and a function that takes one step on random tokens and returns the loss."""
-    from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+    from jaxchat.config import OptimizerConfig, ScheduleConfig
+    from jaxchat.plan import plan_training
     from jaxchat.schedule import schedule_at
 
     rules, schedule = OptimizerConfig(), ScheduleConfig()

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.memory import NO_SAVINGS, Savings, StepMemory
+from jaxchat.plan import TrainingPlan
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
 

@@ -1,26 +1,19 @@
-"""Every hyper-parameter of the project, as frozen dataclasses, and the arithmetic that ties them.
+"""The shape of a model and the rules of its optimizer, as frozen dataclasses.
 
-There is one dial, `depth`: `GPTConfig.from_depth` turns it into a shape, `plan_training` turns the
-shape into tokens, batch size and learning rates. Nothing here touches jax, torch or the disk, so
-both backends and every test read the same numbers. Left out: what a *run* chooses (cadences,
-paths), which belongs to the scripts.
+There is one dial, `depth`: `GPTConfig.from_depth` turns it into a shape, and plan.py the shape into
+tokens, batch size and learning rates. Nothing here touches jax, torch or the disk, so both backends
+and every test read the same numbers. Left out: what a *run* chooses (cadences, paths), which
+belongs to the scripts.
 
 Architecture and optimizer follow nanochat at commit 92d63d4 (2026-07-03).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 VOCAB_PAD = 64
 """Embedding rows are padded to a multiple of this, so that matmuls and shards stay even."""
-
-REFERENCE_DEPTH = 12
-"""Learning rates, batch size and weight decay are tuned at this depth and scaled from it."""
-
-REFERENCE_BATCH_TOKENS = 2**19
-"""The batch size, in tokens, at which `REFERENCE_DEPTH` was tuned."""
 
 ASPECT_RATIO = 64
 """Width per layer; the width is rounded up to whole heads."""
@@ -273,174 +266,3 @@ class ScheduleConfig:
                 f"warmup_steps={self.warmup_steps} must be at least 0 and "
                 f"momentum_warmup_steps={self.momentum_warmup_steps} at least 1"
             )
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What depth implies: how long, how wide a batch, and the scaled rates."""
-
-    total_batch_size: int
-    """Tokens per optimizer step."""
-    num_iterations: int
-    """Optimizer steps."""
-    lr_scale: float
-    """Factor on every batch-scaled learning rate."""
-    weight_decay: float
-    """Muon's weight decay at the first step; it falls to zero along a cosine."""
-    target_tokens: int
-    """Tokens the run sees in all."""
-
-
-def plan_training(
-    config: GPTConfig,
-    optimizer: OptimizerConfig,
-    *,
-    aspect_ratio: int = ASPECT_RATIO,
-    target_param_data_ratio: float = 12.0,
-    target_flops: float | None = None,
-    num_iterations: int | None = None,
-    total_batch_size: int | None = None,
-) -> TrainingPlan:
-    """Batch size, horizon and rate scales of a model.
-
-    The horizon is the first one given of `num_iterations`, `target_flops` and the ratio of tokens
-    to scaling parameters. The batch grows as (D / D_12)^0.383 (arXiv 2505.13738), learning rates
-    with its square root, and weight decay with the square root of the batch over the horizon
-    (T_epoch framework, arXiv 2405.13698).
-    """
-    reference = _reference_shape(config, aspect_ratio)
-    ratio_tokens = target_param_data_ratio * scaling_params(config)
-    reference_tokens = target_param_data_ratio * scaling_params(reference)
-    batch = total_batch_size or 2 ** round(
-        math.log2(REFERENCE_BATCH_TOKENS * (ratio_tokens / reference_tokens) ** 0.383)
-    )
-    if num_iterations is None:
-        tokens = ratio_tokens
-        if target_flops is not None:
-            tokens = target_flops / flops_per_token(config)
-        num_iterations = max(1, round(tokens / batch))
-    batch_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
-    return TrainingPlan(
-        total_batch_size=batch,
-        num_iterations=num_iterations,
-        lr_scale=batch_scale,
-        weight_decay=optimizer.weight_decay * batch_scale * reference_tokens / ratio_tokens,
-        target_tokens=batch * num_iterations,
-    )
-
-
-def micro_batches(
-    plan: TrainingPlan, *, sequence_len: int, device_batch_size: int, devices: int
-) -> int:
-    """How many micro-batches of `device_batch_size` rows per device make one optimizer step.
-
-    ValueError, with sizes that would do, when they do not make a whole number.
-    """
-    if device_batch_size < 1:
-        raise ValueError(f"device_batch_size={device_batch_size} must be at least 1")
-    micro_tokens = device_batch_size * devices * sequence_len
-    count, rest = divmod(plan.total_batch_size, micro_tokens)
-    if rest or not count:
-        raise ValueError(
-            f"total_batch_size={plan.total_batch_size:,} tokens is not a multiple of "
-            f"device_batch_size={device_batch_size} x {devices} device(s) x "
-            f"sequence_len={sequence_len} = {micro_tokens:,}; use --total-batch-size "
-            f"{max(1, count) * micro_tokens} or a smaller --device-batch-size"
-        )
-    return count
-
-
-def _reference_shape(config: GPTConfig, aspect_ratio: int) -> GPTConfig:
-    """The depth-12 relative of `config`: same vocabulary, head width, aspect ratio and switches."""
-    shape = GPTConfig.from_depth(
-        REFERENCE_DEPTH, aspect_ratio=aspect_ratio, head_dim=config.head_dim
-    )
-    return replace(
-        config,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_kv_head=shape.n_head,
-        n_embd=shape.n_embd,
-    )
-
-
-MAX_TOP_LOGPROBS = 20
-"""Most alternatives reported beside a token, as in OpenAI's API."""
-
-MAX_LOGIT_BIAS = 300
-"""Most tokens whose logits one request may bias, as in OpenAI's API."""
-
-MAX_REPETITION_PENALTY = 10.0
-"""Logits are within 15, so that more changes nothing."""
-
-MIN_REPETITION_PENALTY = 0.1
-"""Far smaller ones divide logits to infinity, and the softmax of that is not a number."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request turns logits into tokens."""
-
-    max_tokens: int = 256
-    """Most tokens to generate."""
-    temperature: float = 1.0
-    """0 is greedy: the exact argmax."""
-    top_k: int | None = None
-    """Keep the k most likely tokens; None or 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this."""
-    min_p: float = 0.0
-    """Drop tokens below this share of the most likely one's probability."""
-    seed: int = 0
-    """Key of the request's random numbers."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
-    presence_penalty: float = 0.0
-    """Taken from the logits of tokens that the reply already holds."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit once for every time that the reply already holds it."""
-    repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that prompt or reply hold, and multiplies negative ones
-    (CTRL, arXiv 1909.05858)."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit), each token at most once."""
-    ignore_eos: bool = False
-    """Whether `assistant_end` and `bos` are tokens like any other (for benchmarks)."""
-    top_logprobs: int = 0
-    """How many of the likeliest tokens are reported beside every chosen one."""
-
-    @property
-    def adjusts(self) -> bool:
-        """Whether the choice is made from other logits than the model's."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
-        return any(penalties) or bool(self.logit_bias)
-
-    def __post_init__(self) -> None:
-        checks = {
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": self.temperature >= 0 and math.isfinite(self.temperature),
-            "top_k": self.top_k is None or self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "seed": 0 <= self.seed < 2**63,
-            "stop": all(self.stop),
-            "presence_penalty": -2 <= self.presence_penalty <= 2,
-            "frequency_penalty": -2 <= self.frequency_penalty <= 2,
-            "repetition_penalty": (
-                MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY
-            ),
-            "logit_bias": _is_bias(self.logit_bias),
-            "top_logprobs": 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
-        }
-        bad = [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]
-        if bad:
-            raise ValueError(f"sampling parameters out of range: {', '.join(bad)}")
-
-
-def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
-    """Whether this is a list of distinct tokens with biases from -100 to 100."""
-    return (
-        len(pairs) <= MAX_LOGIT_BIAS
-        and len({token for token, _ in pairs}) == len(pairs)
-        and all(token >= 0 and -100 <= bias <= 100 for token, bias in pairs)
-    )

@@ -20,12 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxchat import device_sampling, kv_cache, penalties
 from jaxchat.backend import DecodeBatch, DecodeResult
-from jaxchat.config import MAX_TOP_LOGPROBS, GPTConfig
+from jaxchat.config import GPTConfig
 from jaxchat.device_sampling import RowParams
 from jaxchat.gpt import GPT
 from jaxchat.kv_cache import Dispatch, Gains, KVCache
 from jaxchat.params import Params, bind
 from jaxchat.penalties import Penalties, Tally
+from jaxchat.sampling_params import MAX_TOP_LOGPROBS
 
 CHUNK_LENGTHS = (16, 64, 128, 256, 512)
 """Tokens read in one prefill call; prompts are padded up to one of these, longer ones cut."""

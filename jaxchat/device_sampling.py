@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat.config import MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.sampling import BLOCK, MIN_TEMPERATURE
+from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 BITS_OF_ONE = 30
 """Bits that the pattern of a float32 in [0, 1] needs: 1.0 is 0x3F800000 < 2 ** 30."""

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxchat import sampling
 from jaxchat.backend import DecodeBatch, DecodeResult
-from jaxchat.config import SamplingParams
 from jaxchat.request import Alternatives
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.slots import Slot
 
 

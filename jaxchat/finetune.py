@@ -28,22 +28,16 @@ from jaxchat.checkpoint import (
     load_model,
     stage_directory,
 )
-from jaxchat.config import (
-    REFERENCE_BATCH_TOKENS,
-    OptimizerConfig,
-    SamplingParams,
-    ScheduleConfig,
-    TrainingPlan,
-    flops_per_token,
-    micro_batches,
-)
+from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
 from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
 from jaxchat.loss_eval import bits_per_byte
 from jaxchat.micro_batch import settle_rows
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer

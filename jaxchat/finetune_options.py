@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.config import REFERENCE_BATCH_TOKENS, OptimizerConfig
+from jaxchat.config import OptimizerConfig
 from jaxchat.memory import NO_SAVINGS, Savings
+from jaxchat.plan import REFERENCE_BATCH_TOKENS
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat import attention as kernels
 from jaxchat import sampling
-from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, SamplingParams
+from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig
 from jaxchat.kv_cache import AnyCache
 from jaxchat.remat import recomputed
+from jaxchat.sampling_params import SamplingParams
 
 NORM_EPS = 1e-6
 

@@ -21,13 +21,14 @@ from jaxtyping import Array
 
 from jaxchat import decoding, devices, distributed, kv_cache, optim, optimizer_state, sharding
 from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores, Snapshot
-from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.convert import check_params
 from jaxchat.gpt import GPT
 from jaxchat.kv_cache import KVCache
 from jaxchat.loss import token_scores
 from jaxchat.memory import NO_SAVINGS, Savings, StepMemory
 from jaxchat.params import Params, bind, split
+from jaxchat.plan import TrainingPlan
 from jaxchat.prompt_scores import PromptScorer
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits

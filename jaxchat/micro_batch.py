@@ -6,8 +6,8 @@ printed. A run that continues keeps the choice it began with, and so the order o
 
 from jaxchat import runtime
 from jaxchat.backend import Backend
-from jaxchat.config import TrainingPlan
 from jaxchat.memory import USABLE, StepMemory, card_of, largest_that_fits, readable
+from jaxchat.plan import TrainingPlan
 
 UNKNOWN_MEMORY_TOKENS = 2**16
 """Tokens a device takes at a time where nobody says what fits."""
@@ -31,7 +31,7 @@ def settle_rows(
     devices = backend.devices.count
     rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
     choices = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
-    if not choices:  # nothing divides: config.micro_batches says what would
+    if not choices:  # nothing divides: plan.micro_batches says what would
         return asked or 1
     chosen = asked or (before if before in choices else None)
     needs: dict[int, StepMemory] = {}

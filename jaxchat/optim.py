@@ -16,7 +16,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig
+from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import StepSchedule
 from jaxchat.sharding import Layout
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat.config import MAX_LOGIT_BIAS, SamplingParams
+from jaxchat.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 UNUSED = np.iinfo(np.int32).max
 """In place of a token where a row has fewer biases: beyond any vocabulary, so it is dropped."""

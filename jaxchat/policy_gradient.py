@@ -18,11 +18,11 @@ from typing import Any, Self
 import numpy as np
 
 from jaxchat.backend import IGNORE, Backend
-from jaxchat.config import SamplingParams
 from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.dataloader import Batch
 from jaxchat.engine import Engine
 from jaxchat.request import Completion, Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
 

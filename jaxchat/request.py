@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxchat.config import SamplingParams
+from jaxchat.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

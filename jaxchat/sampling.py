@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxchat.config import SamplingParams
+from jaxchat.sampling_params import SamplingParams
 
 BLOCK = 128
 """Tokens per block of the cumulative distribution."""

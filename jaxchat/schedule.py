@@ -7,7 +7,8 @@ recompilation, and no second implementation to drift.
 import math
 from typing import Any, NamedTuple
 
-from jaxchat.config import ScheduleConfig, TrainingPlan
+from jaxchat.config import ScheduleConfig
+from jaxchat.plan import TrainingPlan
 
 
 class StepSchedule(NamedTuple):

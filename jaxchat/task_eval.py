@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxchat.backend import Backend
-from jaxchat.config import SamplingParams
 from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.core_eval import bucket_length
 from jaxchat.engine import Engine
 from jaxchat.request import Completion, Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
 

@@ -14,7 +14,6 @@ from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import LoadedModel, load_model
-from jaxchat.config import SamplingParams
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
@@ -22,6 +21,7 @@ from jaxchat.loss_eval import bits_per_byte
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Samples, Table
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 
 PROMPTS = (
     "The capital of France is",

@@ -22,13 +22,9 @@ from jaxchat.config import (
     HEAD_DIM,
     GPTConfig,
     OptimizerConfig,
-    SamplingParams,
     ScheduleConfig,
-    TrainingPlan,
     count_params,
     flops_per_token,
-    micro_batches,
-    plan_training,
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
@@ -36,8 +32,10 @@ from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte
 from jaxchat.memory import savings_of
 from jaxchat.micro_batch import settle_rows
+from jaxchat.plan import TrainingPlan, micro_batches, plan_training
 from jaxchat.report import Report
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.tokenizer import Tokenizer

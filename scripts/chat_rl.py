@@ -25,14 +25,9 @@ from jaxchat.checkpoint import (
     load_model,
     stage_directory,
 )
-from jaxchat.config import (
-    REFERENCE_BATCH_TOKENS,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainingPlan,
-    flops_per_token,
-)
+from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at

@@ -12,6 +12,7 @@ bandwidth that the machine is measured to have.
 
 import itertools
 import json
+import os
 import resource
 import statistics
 import sys
@@ -27,9 +28,10 @@ from rich.table import Table
 from jaxchat import cli
 from jaxchat.backend import Backend, backend_class
 from jaxchat.checkpoint import load_model
-from jaxchat.config import GPTConfig, SamplingParams, count_params
+from jaxchat.config import GPTConfig, count_params
 from jaxchat.engine import TOKENS_PER_DISPATCH, Engine
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PROBE_BYTES = 1 << 28
@@ -101,6 +103,8 @@ class Sample:
 
 def main(config: Config) -> None:
     """Measure, print a table, then one line of JSON."""
+    # JAX would take nearly all of a GPU's memory at its start, and torch needs some too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     models: Models = {name: load(config, name) for name in config.backends}
     bandwidth = max(measured_bandwidth(name) for name in models)
     results: list[dict[str, Any]] = []

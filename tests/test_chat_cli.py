@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
-from jaxchat.config import GPTConfig, SamplingParams
+from jaxchat.config import GPTConfig
 from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
+from jaxchat.sampling_params import SamplingParams
 from scripts import chat_cli
 from tests.scripted import ScriptedBackend
 from tests.test_engine import script, special, tokenizer

@@ -4,16 +4,9 @@ import dataclasses
 
 import pytest
 
-from jaxchat.config import (
-    GPTConfig,
-    OptimizerConfig,
-    SamplingParams,
-    count_params,
-    flops_per_token,
-    micro_batches,
-    plan_training,
-    scaling_params,
-)
+from jaxchat.config import GPTConfig, OptimizerConfig, count_params, flops_per_token, scaling_params
+from jaxchat.plan import micro_batches, plan_training
+from jaxchat.sampling_params import SamplingParams
 
 
 def test_depth_12_is_a_768_wide_model_with_six_heads():

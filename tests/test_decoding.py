@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from jaxchat import decoding, kv_cache, sampling
 from jaxchat.backend import DecodeBatch
-from jaxchat.config import SamplingParams
 from jaxchat.gpt import GPT
 from jaxchat.params import split
+from jaxchat.sampling_params import SamplingParams
 from tests.models import CLASSIC, MODERN, make_perturbed
 
 SMALL = replace(MODERN, window_pattern="SSL", n_layer=3)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat import sampling
-from jaxchat.config import GPTConfig, SamplingParams
+from jaxchat.config import GPTConfig
 from jaxchat.engine import Completion, Engine, Request
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.reply import StopFilter
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.tokenizer import Tokenizer
 from tests.models import MODERN
 from tests.scripted import ScriptedBackend

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat.config import MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.engine import Engine
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.request import Request
+from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from tests.models import MODERN
 from tests.test_engine import tokenizer
 from torch_ref.torch_backend import TorchBackend

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
+from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
 from tests.models import MODERN, PRESETS, make_perturbed
 

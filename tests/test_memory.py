@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat import cli, devices, runtime
-from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.memory import (
     CARDS,
@@ -26,6 +26,7 @@ from jaxchat.memory import (
 )
 from jaxchat.micro_batch import settle_rows
 from jaxchat.params import bind, split
+from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
 from jaxchat.train_step import loss_and_grads
 from tests.models import MODERN, make_perturbed
@@ -240,7 +241,7 @@ def test_a_run_keeps_its_micro_batch_where_it_divides(backend, needs):
     assert settle_rows(small, PLAN, sequence_len=64, before=1) == 1
     assert settle_rows(small, PLAN, sequence_len=64, before=3) == 2
     assert settle_rows(small, PLAN, sequence_len=64, before=1, asked=4) == 4
-    # nothing to choose from: config.micro_batches has the message
+    # nothing to choose from: plan.micro_batches has the message
     assert settle_rows(small, PLAN, sequence_len=100, asked=7) == 7
 
 

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from jaxchat import optim
-from jaxchat.config import AdamGroup, OptimizerConfig, plan_training
+from jaxchat.config import AdamGroup, OptimizerConfig
 from jaxchat.params import split
+from jaxchat.plan import plan_training
 from jaxchat.schedule import StepSchedule
 from jaxchat.sharding import Layout
 from tests.models import MODERN, make_perturbed

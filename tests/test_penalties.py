@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from jaxchat import penalties, sampling
-from jaxchat.config import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.sampling import History
+from jaxchat.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 from torch_ref import penalties as torch_penalties
 
 VOCAB = 40

@@ -8,9 +8,10 @@ import pytest
 
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
 from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
+from jaxchat.plan import TrainingPlan
 from jaxchat.policy_gradient import (
     RolloutConfig,
     RolloutLoader,

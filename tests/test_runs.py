@@ -13,13 +13,8 @@ import numpy as np
 import pytest
 
 from jaxchat import cli, scaling
-from jaxchat.config import (
-    GPTConfig,
-    OptimizerConfig,
-    flops_per_token,
-    micro_batches,
-    scaling_params,
-)
+from jaxchat.config import GPTConfig, OptimizerConfig, flops_per_token, scaling_params
+from jaxchat.plan import micro_batches
 from jaxchat.scaling import Run
 from jaxchat.tracker import Tracker
 from scripts import base_train, sweep_table

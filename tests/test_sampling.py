@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat import device_sampling, sampling
-from jaxchat.config import SamplingParams
+from jaxchat.sampling_params import SamplingParams
 
 VOCAB = 300
 ROWS = 8

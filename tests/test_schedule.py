@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from jaxchat.config import ScheduleConfig, TrainingPlan
+from jaxchat.config import ScheduleConfig
+from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import lr_multiplier, muon_momentum, schedule_at, weight_decay_at
 
 CONFIG = ScheduleConfig()

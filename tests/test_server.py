@@ -11,9 +11,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxchat.config import SamplingParams
 from jaxchat.conversation import render_for_completion
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.server.errors import ApiError
 from jaxchat.server.gate import RateLimit
 from jaxchat.tokenizer import SPECIAL_NAMES

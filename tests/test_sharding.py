@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from jaxchat import optim, sharding
-from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
+from jaxchat.plan import plan_training
 from jaxchat.schedule import StepSchedule, schedule_at
 from jaxchat.train_step import TrainState, make_train_step
 from tests.models import MODERN, make_perturbed

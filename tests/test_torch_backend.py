@@ -12,14 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from jaxchat import sampling
 from jaxchat.backend import Backend, DecodeBatch, backend_class
-from jaxchat.config import (
-    GPTConfig,
-    OptimizerConfig,
-    SamplingParams,
-    ScheduleConfig,
-    TrainingPlan,
-    count_params,
-)
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, count_params
+from jaxchat.plan import TrainingPlan
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from torch_ref import attention, device_sampling, loss, runtime, train_step, weights
 from torch_ref.torch_backend import TorchBackend

@@ -11,7 +11,9 @@ import torch
 
 from jaxchat import sampling
 from jaxchat.backend import DecodeBatch
-from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, ScheduleConfig, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
+from jaxchat.plan import TrainingPlan
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from tests.virtual_mps import kernels, virtual_mps
 from torch_ref.torch_backend import TorchBackend

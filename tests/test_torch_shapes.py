@@ -14,7 +14,9 @@ jaxtyping.install_import_hook("torch_ref", "beartype.beartype")
 import numpy as np
 import pytest
 
-from jaxchat.config import GPTConfig, OptimizerConfig, SamplingParams, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig
+from jaxchat.plan import TrainingPlan
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.engine import Engine
 from jaxchat.request import Request
 from jaxchat.schedule import StepSchedule

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxchat import optim, sharding
-from jaxchat.config import OptimizerConfig, ScheduleConfig, plan_training
+from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.params import bind, split
+from jaxchat.plan import plan_training
 from jaxchat.schedule import StepSchedule, schedule_at
 from jaxchat.spikes import NO_LIMITS
 from jaxchat.train_step import TrainState, loss_and_grads, make_train_step

@@ -13,8 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jaxchat.config import MAX_TOP_LOGPROBS, SamplingParams
 from jaxchat.sampling import BLOCK
+from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 
 class RowParams(NamedTuple):

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jaxchat import sampling
-from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig, SamplingParams
+from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig
+from jaxchat.sampling_params import SamplingParams
 from torch_ref import attention as kernels
 from torch_ref import kv_cache
 from torch_ref.kv_cache import KVCache

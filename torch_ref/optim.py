@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.config import AdamGroup, GPTConfig, OptimizerConfig
+from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import StepSchedule
 from torch_ref.sharding import Ranks
 

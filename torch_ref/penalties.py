@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jaxchat.config import SamplingParams
+from jaxchat.sampling_params import SamplingParams
 
 
 class Tally(NamedTuple):

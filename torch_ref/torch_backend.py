@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores, Scores, Snapshot
-from jaxchat.config import GPTConfig, OptimizerConfig, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.convert import check_params
 from jaxchat.memory import NO_SAVINGS, Savings
+from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
 from torch_ref import decoding, kv_cache, runtime, weights

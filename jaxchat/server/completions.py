@@ -12,9 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from jaxchat.backend import PromptScores
-from jaxchat.config import SamplingParams
 from jaxchat.request import Event
 from jaxchat.request import Request as EngineRequest
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.server import responses
 from jaxchat.server.chat import GENERATION_ERRORS, STREAMED
 from jaxchat.server.errors import ApiError, AsciiJSON

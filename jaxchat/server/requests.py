@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from jaxchat.config import (
+from jaxchat.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_REPETITION_PENALTY,
     MAX_TOP_LOGPROBS,

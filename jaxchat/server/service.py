@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from jaxchat.config import SamplingParams
 from jaxchat.request import Request as EngineRequest
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.server.errors import ApiError
 from jaxchat.server.metrics import Metrics
 from jaxchat.server.pool import Pool

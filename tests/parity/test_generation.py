@@ -5,8 +5,8 @@ import pytest
 
 from jaxchat import sampling
 from jaxchat.backend import DecodeBatch
-from jaxchat.config import SamplingParams
 from jaxchat.jax_backend import JaxBackend
+from jaxchat.sampling_params import SamplingParams
 from tests.parity.twins import CONFIGS, max_abs, perturbed_weights
 from torch_ref.torch_backend import TorchBackend
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, TrainingPlan
+from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
+from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import schedule_at
 from torch_ref.torch_backend import TorchBackend
 

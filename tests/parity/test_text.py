@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxchat import core_eval, embedded_corpus
-from jaxchat.config import OptimizerConfig, SamplingParams, ScheduleConfig, plan_training
+from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.conversation import render, render_for_completion
 from jaxchat.core_eval import evaluate_task
 from jaxchat.core_tasks import make_task
@@ -19,7 +19,9 @@ from jaxchat.embedded_tasks import embedded_tasks
 from jaxchat.engine import Engine
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.loss_eval import bits_per_byte
+from jaxchat.plan import plan_training
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import StepSchedule, schedule_at
 from jaxchat.tokenizer import Tokenizer
 from tests.parity.twins import CONFIGS, max_abs, perturbed_weights

@@ -11,9 +11,10 @@ import torch
 from jaxchat import gpt as jax_gpt
 from jaxchat import optim as jax_optim
 from jaxchat import sharding
-from jaxchat.config import GPTConfig, OptimizerConfig, plan_training
+from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.loss import token_scores
 from jaxchat.params import bind, split
+from jaxchat.plan import plan_training
 from jaxchat.train_step import TrainState, make_train_step
 from tests.models import CLASSIC, MODERN
 from torch_ref import gpt as torch_gpt
