@@ -142,6 +142,10 @@ class Decoder:
             self._source, self._weights = params, self._cast(params)
         return self._weights
 
+    def forget_weights(self) -> None:
+        """Give their memory back; they are converted anew when they are needed."""
+        self._source, self._weights = None, {}
+
 
 class _Place(NamedTuple):
     """Where a chunk goes: `count` tokens into `row` from position `start` on."""

@@ -212,6 +212,7 @@ class JaxBackend:
         moving = StepSchedule(*map(np.float32, schedule))
         state = TrainState(self.params, self._opt_state)
         bounds = Limits(*map(np.float32, limits))
+        self._decoder.forget_weights()
         # what step_memory compiled need not compile again
         known = None if weights is not None else self._compiled.get(batch[0].shape)
         step = known or self._train_step

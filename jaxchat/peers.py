@@ -27,6 +27,9 @@ LAST_TO_LEAVE_SECONDS = 5
 CONNECT_SECONDS = 10
 """How long a process tries to reach the first one; without it, it has the heartbeat alone."""
 
+GREETING_SECONDS = 2
+"""How long a socket may stay silent before it is somebody else's."""
+
 LOOK_SECONDS = 0.2
 """How often a watch that hears nothing looks whether it is over."""
 
@@ -153,7 +156,7 @@ class _Watch:
 
     def _accept(self, listener: socket.socket) -> None:
         peer, _ = listener.accept()
-        peer.settimeout(CONNECT_SECONDS)
+        peer.settimeout(GREETING_SECONDS)
         try:
             greeting = peer.recv(len(self._key) + 4, socket.MSG_WAITALL)
         except OSError:

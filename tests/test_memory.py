@@ -272,6 +272,18 @@ def test_the_step_that_was_measured_is_the_one_that_runs(backend):
     assert backend._train_step._cache_size() == 0
 
 
+def test_a_training_step_does_not_keep_the_weights_of_the_last_samples(backend):
+    """The copy that generation makes in the compute dtype."""
+    backend.init(0)
+    backend.start_training(OPTIMIZER, PLAN)
+    cache, before = backend.prefill(backend.new_cache(1, 16), 0, np.zeros(2, np.int32), 0)
+    assert backend._decoder._weights
+    backend.train_step(*random_batch((2, 8, 64)), schedule_at(0, ScheduleConfig(), PLAN))
+    assert not backend._decoder._weights
+    after = backend.prefill(cache, 0, np.zeros(2, np.int32), 0)[1]
+    assert np.abs(after - before).max() > 0
+
+
 def with_memory(backend, memory_bytes):
     """The same backend on a smaller device; it shares arrays and compiled steps."""
     small = copy.copy(backend)

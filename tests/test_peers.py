@@ -33,6 +33,7 @@ try:
         if how == "wait":
             time.sleep(60)
         if how == "fail":
+            time.sleep(1)  # all are connected
             raise ValueError("bad rows")
         time.sleep(float(how))
 except ValueError as error:
@@ -47,7 +48,6 @@ def start(folder, *hows):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", MEMBER, str(folder), str(len(hows)), how],
-            # the name of a host without a domain may lead nowhere
             env={**os.environ, "RANK": str(index), "PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=subprocess.PIPE,
             text=True,
@@ -60,6 +60,7 @@ def start(folder, *hows):
 
 
 def finish(processes):
+    """Exit statuses and what each process printed since."""
     texts = [process.communicate(timeout=30)[0] for process in processes]
     return [process.returncode for process in processes], texts
 

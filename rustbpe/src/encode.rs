@@ -8,7 +8,6 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::key::{hash_key, pack, INLINE};
 use crate::memo::Memo;
 use crate::merge::{Parts, Ranks};
 use crate::parallel::on_threads;
@@ -127,45 +126,20 @@ impl Encoder {
         let mut ids = Vec::with_capacity(bytes.len() / 3 + 8);
         let mut parts = Parts::new();
         self.splitter.for_each(text, |start, end| {
-            let piece = &bytes[start..end];
-            if piece.len() > INLINE {
-                self.encode_long(memo, piece, &mut parts, &mut ids);
-                return;
-            }
-            let key = pack(bytes, start, end);
-            let hash = hash_key(key);
-            if !memo.recall(key, hash, &mut ids) {
-                self.encode_new(memo, (key, hash), piece, &mut parts, &mut ids);
+            if !memo.recall(bytes, start, end, &mut ids) {
+                let first = ids.len();
+                self.merge(&bytes[start..end], &mut parts, &mut ids);
+                memo.learn(bytes, start, end, &ids[first..]);
             }
         })?;
         Ok(ids)
     }
 
-    // what is rare stays out of the loop, whose registers it would take
-
+    /// Apart from the loop, whose registers it would take.
     #[cold]
     #[inline(never)]
-    fn encode_new(
-        &self,
-        memo: &mut Memo,
-        (key, hash): (u128, usize),
-        piece: &[u8],
-        parts: &mut Parts,
-        ids: &mut Vec<u32>,
-    ) {
-        let first = ids.len();
+    fn merge(&self, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>) {
         self.ranks.merge(piece, parts, ids);
-        memo.learn(key, hash, &ids[first..]);
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn encode_long(&self, memo: &mut Memo, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>) {
-        if !memo.recall_long(piece, ids) {
-            let first = ids.len();
-            self.ranks.merge(piece, parts, ids);
-            memo.learn_long(piece, &ids[first..]);
-        }
     }
 }
 

@@ -28,6 +28,45 @@ pub(crate) fn pack(text: &[u8], start: usize, end: usize) -> u128 {
     bytes | (length as u128) << 120
 }
 
+/// The longest piece whose key has 64 bits.
+pub(crate) const INLINE_SHORT: usize = 7;
+
+/// `pack` for a piece of 1 to `INLINE_SHORT` bytes, its length in the highest byte as well.
+#[inline(always)]
+pub(crate) fn pack_short(text: &[u8], start: usize, end: usize) -> u64 {
+    let length = end - start;
+    let bytes = match text.get(start..start + 8).map(<[u8; 8]>::try_from) {
+        Some(Ok(word)) => u64::from_le_bytes(word) & ((1 << (8 * length)) - 1),
+        _ => {
+            let mut word = [0; 8];
+            word[..length].copy_from_slice(&text[start..end]);
+            u64::from_le_bytes(word)
+        }
+    };
+    bytes | (length as u64) << 56
+}
+
+/// What a table looks pieces up by; its default is no piece's.
+pub(crate) trait Key: Copy + Default + PartialEq {
+    /// Whose low bits are good enough to index a table.
+    fn hash(self) -> usize;
+}
+
+impl Key for u64 {
+    #[inline(always)]
+    fn hash(self) -> usize {
+        let mixed = hash_word(self ^ 0xC2B2_AE3D_27D4_EB4F);
+        mixed ^ mixed >> 29
+    }
+}
+
+impl Key for u128 {
+    #[inline(always)]
+    fn hash(self) -> usize {
+        hash_key(self)
+    }
+}
+
 /// The piece of a key: the first `length` bytes.
 #[inline]
 pub(crate) fn unpack(key: u128) -> ([u8; 16], usize) {
