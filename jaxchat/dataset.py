@@ -171,6 +171,11 @@ def _open_hub(dataset: HubDataset) -> Corpus:
 
 def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
     """The last file validates, as in the hub's sets."""
+    if others := _text_files(directory):
+        raise ValueError(
+            f"{directory} holds parquet files and {others[0].relative_to(directory)}, of which one "
+            "would be left out: keep one kind of file in a folder"
+        )
     if len(files) < 2:
         raise ValueError(
             f"{directory} holds one parquet file; split it in two: the last one in order of name "

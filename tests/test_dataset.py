@@ -58,6 +58,16 @@ def test_parquet_folders_validate_on_their_last_file(tmp_path):
     assert list(corpus.iter_texts("train", max_chars=3)) == ["0a", "0b"]
 
 
+def test_a_folder_that_mixes_kinds_says_what_would_be_left_out(tmp_path):
+    """Its text files were passed over in silence."""
+    for i in range(2):
+        write_shard(tmp_path / f"{i}.parquet", ["a", "b"])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "one.txt").write_text("never read")
+    with pytest.raises(ValueError, match=r"parquet files and notes/one.txt, of which one would be"):
+        open_corpus(str(tmp_path))
+
+
 def test_the_validation_shard_is_the_same_however_many_were_downloaded(base_dir):
     """Upstream took the last of those on disk (its issue 541)."""
     hub = HUB_DATASETS["climbmix"]
