@@ -69,7 +69,7 @@ def test_presets_give_way_to_what_is_asked_for():
     assert savings_of(None, None, False) == Savings("none")
     assert savings_of(8, None, False) == CARDS[8].savings == Savings("block", True)
     assert savings_of(8, "none", False) == Savings("none", True)
-    assert savings_of(24, None, True) == Savings("products", True)
+    assert savings_of(24, "products", True) == Savings("products", True)
     with pytest.raises(ValueError, match="--card 12: choose one of 8, 16, 24, 80"):
         savings_of(12, None, False)
     with pytest.raises(ValueError, match="--remat some: choose one of none, products"):
