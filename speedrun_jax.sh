@@ -44,8 +44,7 @@ fi
 # Training takes as many rows at a time as a card holds; small cards have a preset that saves memory.
 fit=()
 if ((gpus && gpu_memory_mib < 12000)); then fit=(--card 8)
-elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16)
-elif ((gpus && gpu_memory_mib < 38000)); then fit=(--card 24); fi
+elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16); fi
 
 extras=()
 ((gpus > 0)) && extras=(--extra gpu)
