@@ -154,7 +154,8 @@ class JaxBackend:
         abstract = jax.eval_shape(transform.init, self.params)
         updating, resting = None, sharding.optimizer_state(self.mesh, abstract)
         if savings.offload_optimizer:
-            updating, resting = resting, sharding.in_host_memory(resting)
+            kinds = ("device", "pinned_host")  # named, or the step would compute where it rests
+            updating, resting = (sharding.in_memory(kind, resting) for kind in kinds)
         self._opt_state = jax.jit(transform.init, out_shardings=resting)(self.params)
         weights: Any = self._placements
         self._train_step = make_train_step(

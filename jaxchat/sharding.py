@@ -137,9 +137,9 @@ def optimizer_state(mesh: Mesh, like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def in_host_memory(placements: Any) -> Any:
-    """The same placements, in the memory of each device's host."""
-    return jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), placements)
+def in_memory(kind: str, placements: Any) -> Any:
+    """The same placements in memory of a kind: `device`, or its host's, `pinned_host`."""
+    return jax.tree.map(lambda place: place.with_memory_kind(kind), placements)
 
 
 def without(axis: str, spec: P) -> P:
