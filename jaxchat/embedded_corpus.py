@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import platform
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def ensure_embedded_corpus() -> Path:
 
 
 def installed_versions() -> dict[str, str]:
-    found = {"format": str(FORMAT), "python": sysconfig.get_python_version()}
+    """What the corpus is made of; of Python the patch too, for its docstrings change with it."""
+    found = {"format": str(FORMAT), "python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)

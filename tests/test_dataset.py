@@ -117,6 +117,9 @@ def test_the_embedded_corpus_is_harvested_once_per_set_of_versions(base_dir, lib
     first = open_corpus("embedded")
     monkeypatch.setattr(embedded_corpus, "harvest", lambda: pytest.fail("harvested again"))
     assert open_corpus("embedded").fingerprint == first.fingerprint
+    monkeypatch.setattr("platform.python_version", lambda: "3.11.99")
+    with pytest.raises(pytest.fail.Exception, match="harvested again"):
+        open_corpus("embedded")
     versions = {"networkx": "changed"}
     monkeypatch.setattr(embedded_corpus, "installed_versions", lambda: versions)
     with pytest.raises(pytest.fail.Exception, match="harvested again"):
