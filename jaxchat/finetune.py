@@ -159,7 +159,7 @@ def _train(run: _Run) -> None:
                 "config": _settled(run) | asdict(savings) | {"device_batch_size": rows},
             },
             evaluate=lambda: {"val/bpb": _validate(run, rows)},
-            sample=lambda: _show(_sample(run)),
+            sample=lambda: _sample(run),
             agree=backend.agree,
         )
         result = run_loop(
@@ -293,18 +293,15 @@ def _sample(run: _Run) -> list[tuple[str, str]]:
     return list(zip(run.lesson.questions, whole, strict=True))
 
 
-def _show(samples: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(f"  {question!r} -> {reply!r}" for question, reply in samples)
-
-
 def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:
     """Add the section: what was taught, the curves, and what the model answers."""
-    samples = _sample(run)  # every process takes part in this
     if not runtime.is_first_process():
         return
     rows = read_metrics(run.store.directory / METRICS)
     settings = _settled(run) | {"hardware": run.backend.devices.description}
-    parts, figures = training_parts(rows, settings, asdict(run.plan), samples, result.train_seconds)
+    parts, figures = training_parts(
+        rows, settings, asdict(run.plan), result.samples, result.train_seconds
+    )
     mixture = Table(["conversations of", "rows"], run.lesson.parts, "The mixture")
     shares = {name: f"{100 * series(rows, name)[1][-1]:.2f}%" for name in PackingStats().shares()}
     Report(base_dir()).add(

@@ -7,11 +7,11 @@ a run. Metrics are read one step late: the device never waits for the host to lo
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,10 @@ SKIPPED = "skipped"
 
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
+
+
+Samples: TypeAlias = Sequence[tuple[str, str]]
+"""Prompts and how a model continues them."""
 
 
 class Loader(Protocol):
@@ -83,6 +87,8 @@ class LoopResult:
     """Time spent in training steps, earlier runs included."""
     interrupted: bool
     """Whether a signal ended the loop; a checkpoint of `step` is on disk."""
+    samples: Samples = ()
+    """By the final weights, of a stage that has any."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Stage:
     """What goes into every checkpoint beside the loop's own state."""
     evaluate: Callable[[], Mapping[str, float]]
     """Validation figures of the present weights, e.g. `{"val/bpb": ...}`."""
-    sample: Callable[[], str] | None = None
+    sample: Callable[[], Samples] | None = None
     """A few continuations by the present weights."""
     agree: Callable[[bool], bool] = bool
     """`Backend.agree`, where processes may be asked to stop at different times."""
@@ -133,6 +139,7 @@ def _run(
     guard_state: Mapping[str, Any] | None,
 ) -> LoopResult:
     step, clock = start_step, _Clock(train_seconds)
+    samples: Samples = ()
     reader = _MetricsReader(stage, config, clock, SpikeGuard(config.spikes, guard_state))
     with (
         _signals() as asked_to_stop,
@@ -157,10 +164,11 @@ def _run(
                     stage.store.note_validation(step, reader.validation[stage.best_by])
             if stage.sample is not None and step and _due(step, config.sample_every, last):
                 reader.flush(progress)
-                progress.say(stage.sample())
+                samples = stage.sample()
+                progress.say("\n".join(f"  {prompt!r} -> {text!r}" for prompt, text in samples))
             if last:
                 stage.store.finish()
-                return LoopResult(step, clock.seconds, interrupted=False)
+                return LoopResult(step, clock.seconds, interrupted=False, samples=samples)
             reader.step(step, progress)
             step += 1
 

@@ -201,7 +201,7 @@ def train(config: Config, store: CheckpointStore) -> None:
                 "config": asdict(config) | asdict(savings) | {"device_batch_size": rows},
             },
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
-            sample=lambda: show(sample(backend, tokenizer)),
+            sample=lambda: sample(backend, tokenizer),
             agree=backend.agree,
             best_by="val/bpb",
         )
@@ -215,7 +215,7 @@ def train(config: Config, store: CheckpointStore) -> None:
     tracker.close()
     if result.interrupted:
         raise SystemExit(EXIT_INTERRUPTED)
-    report(config, backend, tokenizer, plan, store, result, time.monotonic() - started)
+    report(config, backend, plan, store, result, time.monotonic() - started)
 
 
 def shape_of(config: Config, vocab_size: int) -> GPTConfig:
@@ -349,27 +349,21 @@ def sample(backend: Backend, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(prompt, reply.text) for prompt, reply in zip(PROMPTS, replies, strict=True)]
 
 
-def show(samples: list[tuple[str, str]]) -> str:
-    return "\n".join(f"  {prompt!r} -> {text!r}" for prompt, text in samples)
-
-
 def report(
     config: Config,
     backend: Backend,
-    tokenizer: Tokenizer,
     plan: TrainingPlan,
     store: CheckpointStore,
     result: LoopResult,
     wall_seconds: float,
 ) -> None:
     """Add the section: what was trained, the curves, and what the model writes."""
-    samples = sample(backend, tokenizer)  # every process takes part in this
     if not runtime.is_first_process():
         return
     rows = read_metrics(store.directory / METRICS)
     settings = asdict(config) | {"hardware": backend.devices.description}
     derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
-    parts, figures = training_parts(rows, settings, derived, samples, result.train_seconds)
+    parts, figures = training_parts(rows, settings, derived, result.samples, result.train_seconds)
     Report(base_dir()).add(
         "base_train", "Pretraining", parts, wall_seconds=wall_seconds, figures=figures
     )

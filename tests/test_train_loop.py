@@ -76,7 +76,7 @@ def diary(tmp_path):
 
         def sample():
             diary.entries.append("sample")
-            return "a sample"
+            return [("Once", f"upon {diary.entries.count('sample')}")]
 
         tracker = Tracker(tmp_path / METRICS)
         stage = Stage(
@@ -106,6 +106,7 @@ def test_a_checkpoint_comes_before_anything_else_of_its_step(diary):
         *("save 4 after 4", "evaluate", "sample", "finish"),
     ]
     assert (result.step, result.interrupted) == (4, False)
+    assert result.samples == [("Once", "upon 2")], "those of the final weights, for the report"
 
 
 def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
