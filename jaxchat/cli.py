@@ -13,12 +13,9 @@ from typing import TypeVar
 
 import tyro
 
-ConfigT = TypeVar("ConfigT")
+from jaxchat.memory import LESS_MEMORY, ran_out_of_memory
 
-LESS_MEMORY = (
-    "The device's memory ran out. Training: lower --device-batch-size, or save memory with "
-    "base_train's --remat block or --offload-optimizer. Generation: fewer --slots or --max-tokens."
-)
+ConfigT = TypeVar("ConfigT")
 
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
@@ -58,16 +55,10 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not _ran_out_of_memory(error) or os.environ.get("JAXCHAT_TRACEBACK"):
+        if not ran_out_of_memory(error) or os.environ.get("JAXCHAT_TRACEBACK"):
             raise
-        print(f"error: {str(error).splitlines()[0]}\n{LESS_MEMORY}", file=sys.stderr)
+        print(f"error: memory ran out: {error}\n{LESS_MEMORY}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _ran_out_of_memory(error: Exception) -> bool:
-    """XLA says RESOURCE_EXHAUSTED, torch says out of memory; both are RuntimeErrors."""
-    words = str(error)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in words or "of memory" in words

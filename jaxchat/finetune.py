@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def _train(run: _Run) -> None:
         asked=options.device_batch_size,
         before=start.get("config", {}).get("device_batch_size", run.inherited.device_batch_size),
     )
+    run = replace(run, options=replace(options, device_batch_size=rows))
     loop = LoopConfig(
         num_iterations=plan.num_iterations,
         micro_batches=micro_batches(
@@ -156,7 +157,7 @@ def _train(run: _Run) -> None:
                 **run.facts,
                 BASE_OPTIMIZER: asdict(run.inherited.optimizer),
                 "run": start["run"],
-                "config": _settled(run) | asdict(savings) | {"device_batch_size": rows},
+                "config": _settled(run) | asdict(savings),
             },
             evaluate=lambda: {"val/bpb": _validate(run, rows)},
             sample=lambda: _sample(run),

@@ -19,6 +19,12 @@ REMAT = ("none", "products", "block", "offload")
 """Which activations of a block wait for its backward pass: all of them; the results of its matrix
 products; only its input; only its input, in the host's memory."""
 
+LESS_MEMORY = (
+    "Training: lower --device-batch-size, or save memory with base_train's --remat block or "
+    "--offload-optimizer. Generation: fewer --slots or --max-tokens."
+)
+"""What helps when memory has run out."""
+
 
 @dataclass(frozen=True)
 class Savings:
@@ -98,6 +104,16 @@ def card_of(gigabytes: int) -> Card:
     if gigabytes not in CARDS:
         raise ValueError(f"--card {gigabytes}: choose one of {', '.join(map(str, CARDS))}")
     return CARDS[gigabytes]
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Python has an exception for that; of XLA and torch it is a RuntimeError that says so."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or "RESOURCE_EXHAUSTED" in words
+        or "out of memory" in words.lower()
+    )
 
 
 def largest_that_fits(

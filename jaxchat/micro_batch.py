@@ -32,8 +32,8 @@ def settle_rows(
     rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
     choices = [n for n in range(1, rows + 1) if rows % n == 0] if not rest else []
     if not choices:  # nothing divides: plan.micro_batches says what would
-        return asked or 1
-    chosen = asked or (before if before in choices else None)
+        return 1 if asked is None else asked
+    chosen = before if asked is None and before in choices else asked
     needs: dict[int, StepMemory] = {}
 
     def need(rows: int) -> int:
@@ -46,7 +46,7 @@ def settle_rows(
     limit = _limit(backend, card)
     if limit is None:
         most = max(1, UNKNOWN_MEMORY_TOKENS // sequence_len)
-        return chosen or max(n for n in choices if n <= most)
+        return max(n for n in choices if n <= most) if chosen is None else chosen
     if chosen is None:
         chosen = largest_that_fits(choices, need, limit)
     elif chosen in choices:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from jaxchat.memory import ran_out_of_memory
 from jaxchat.runtime import is_first_process, launch, process_index
 
 EXIT_LOST = 75
@@ -50,7 +51,8 @@ _leaving = threading.Lock()
 def exit_when_one_is_lost(processes: int, gather: Gather | None = None) -> Iterator[None]:
     """Exit with `EXIT_LOST` and the remedy when what runs inside loses another process.
 
-    A collective then fails with a RuntimeError; of a run of one process it passes through. With
+    A collective then fails with a RuntimeError; of a run of one process it passes through, and
+    so does one about memory that ran out. With
     `gather`, a collective that all processes enter here, they also watch each other meanwhile; one
     that leaves by an exception is lost to the others.
     """
@@ -61,7 +63,7 @@ def exit_when_one_is_lost(processes: int, gather: Gather | None = None) -> Itera
             with _watch(gather):
                 yield
     except RuntimeError as error:
-        if processes == 1:
+        if processes == 1 or ran_out_of_memory(error):
             raise
         _leave("".join(str(error).strip().splitlines()[-1:]))
 

@@ -7,6 +7,7 @@ went wrong in the thread. Left out: everything about data.
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Generic, Self, TypeVar
 
@@ -16,7 +17,7 @@ AHEAD = 4
 """Items that wait ready."""
 
 
-class Prefetcher(Generic[ItemT]):
+class Prefetcher(ABC, Generic[ItemT]):
     """An endless iterator; close it, or use it as a context manager.
 
     Subclasses implement `_make` and `_position`, which run on the thread alone once `_start` has
@@ -26,11 +27,11 @@ class Prefetcher(Generic[ItemT]):
     position: Any
     """Where the items handed out so far end."""
 
-    def _make(self) -> ItemT:
-        raise NotImplementedError
+    @abstractmethod
+    def _make(self) -> ItemT: ...
 
-    def _position(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _position(self) -> Any: ...
 
     def _start(self) -> None:
         self.position = self._position()

@@ -179,6 +179,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         before=start.get("config", {}).get("device_batch_size"),
         card=config.card,
     )
+    config = replace(config, device_batch_size=rows, **asdict(savings))
     loop = loop_of(config, backend, plan, rows)
     describe(config, backend, plan, loop, start["step"])
     tracker = open_tracker(
@@ -195,11 +196,7 @@ def train(config: Config, store: CheckpointStore) -> None:
             schedule=lambda step: schedule_at(step, schedule, plan),
             store=store,
             tracker=tracker,
-            meta=facts
-            | {
-                "run": start["run"],
-                "config": asdict(config) | asdict(savings) | {"device_batch_size": rows},
-            },
+            meta=facts | {"run": start["run"], "config": asdict(config)},
             evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
             sample=lambda: sample(backend, tokenizer),
             agree=backend.agree,

@@ -35,8 +35,10 @@ try:
         if how == "fail":
             time.sleep(1)  # all are connected
             raise ValueError("bad rows")
+        if how == "fill":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
         time.sleep(float(how))
-except ValueError as error:
+except (ValueError, RuntimeError) as error:
     print(error)
     sys.exit(2)
 print("done")
@@ -89,6 +91,13 @@ def test_an_error_on_one_process_ends_the_others(tmp_path):
     assert codes == [EXIT_LOST, 2]
     assert "process 1 has ended" in texts[0]
     assert texts[1] == "bad rows\n"
+
+
+def test_memory_that_runs_out_is_not_a_lost_process(tmp_path):
+    """A launcher would start the same run again, for ever."""
+    codes, texts = finish(start(tmp_path, "wait", "fill"))
+    assert codes == [EXIT_LOST, 2]
+    assert texts[1].startswith("RESOURCE_EXHAUSTED")
 
 
 def test_an_error_on_all_processes_is_said_by_each(tmp_path):

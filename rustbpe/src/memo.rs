@@ -43,9 +43,9 @@ impl<K: Key, const IDS: usize> Table<K, IDS> {
 
     /// Append the ids of a piece; false when it is not known.
     #[inline(always)]
-    fn recall(&self, key: K, hash: usize, arena: &[u32], out: &mut Vec<u32>) -> bool {
+    fn recall(&self, key: K, arena: &[u32], out: &mut Vec<u32>) -> bool {
         let mask = self.slots.len() - 1;
-        let mut at = hash & mask;
+        let mut at = key.hash() & mask;
         loop {
             let slot = &self.slots[at];
             if slot.key == key {
@@ -131,7 +131,7 @@ pub(crate) struct Memo {
 impl Memo {
     /// One that knows every token.
     pub(crate) fn new<'a>(tokens: impl ExactSizeIterator<Item = &'a [u8]>) -> Self {
-        let slots = (2 * tokens.len()).next_power_of_two();
+        let slots = (2 * tokens.len()).next_power_of_two(); // so that no token is refused
         let mut memo = Self {
             short: Table::new(slots),
             medium: Table::new(slots),
@@ -152,11 +152,9 @@ impl Memo {
     #[inline(always)]
     pub(crate) fn recall(&self, text: &[u8], start: usize, end: usize, out: &mut Vec<u32>) -> bool {
         if end - start <= INLINE_SHORT {
-            let key = pack_short(text, start, end);
-            self.short.recall(key, key.hash(), &self.arena, out)
+            self.short.recall(pack_short(text, start, end), &self.arena, out)
         } else if end - start <= INLINE {
-            let key = pack(text, start, end);
-            self.medium.recall(key, key.hash(), &self.arena, out)
+            self.medium.recall(pack(text, start, end), &self.arena, out)
         } else {
             self.recall_long(&text[start..end], out)
         }
