@@ -30,6 +30,9 @@ PROBE_TRIALS = 10
 SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """Sides hold one GPU together, so none may take all of its memory at its start."""
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""What the cpu tier of speedrun_jax.sh sets on Linux, for both frameworks alike."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -67,7 +70,13 @@ class Side:
             [sys.executable, "-m", "benchmarks.train_side", json.dumps(asdict(task))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **SHARING, **task.environment, "STARTED": str(time.time())},
+            env={
+                **HUGE_PAGES,
+                **os.environ,
+                **SHARING,
+                **task.environment,
+                "STARTED": str(time.time()),
+            },
             cwd=Path(__file__).parents[1],
             text=True,
         )

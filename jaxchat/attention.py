@@ -114,17 +114,21 @@ def _attend(
 
 def _attend_pieces(q: Float[Array, "B H T C"], pieces: Sequence[Piece]) -> Heads:
     rows, heads, length, width = q.shape
-    grouped = q.reshape(rows, pieces[0][0].shape[1], -1, length, width)  # (B, K, G, T, C)
+    kv_heads = pieces[0][0].shape[1]
+    group = heads // kv_heads
+    # the queries of a group stand one after the other, as if each group were one longer head:
+    # products with a single contracted axis are a quarter faster on a CPU (LOG.md)
+    grouped = q.reshape(rows, kv_heads, group * length, width)
     scores = []
     for k, _, visible in pieces:
-        products = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, preferred_element_type=jnp.float32)
-        mask = visible[:, :, None]  # (B, 1, 1, T, S)
-        scores.append(jnp.where(mask, products / math.sqrt(width), -jnp.inf))
+        products = jnp.einsum("bktc,bksc->bkts", grouped, k, preferred_element_type=jnp.float32)
+        bias = jnp.tile(jnp.where(visible, 0.0, -jnp.inf), (1, 1, group, 1))  # (#B, 1, G*T, S)
+        scores.append(products / math.sqrt(width) + bias)
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     ends = list(itertools.accumulate(k.shape[2] for k, _, _ in pieces))
     shares = jnp.split(weights, ends[:-1], axis=-1)
     mixed, *others = (
-        jnp.einsum("bkgts,bksc->bkgtc", share.astype(v.dtype), v)
+        jnp.einsum("bkts,bksc->bktc", share.astype(v.dtype), v)
         for share, (_, v, _) in zip(shares, pieces, strict=True)
     )
     mixed = sum(others, start=mixed)

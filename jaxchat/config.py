@@ -27,6 +27,9 @@ GATE_CHANNELS = 12
 SMEAR_CHANNELS = 24
 """Channels of the normed embedding that the smear gate reads."""
 
+MAX_SOFTCAP = 60.0
+"""Up to this, the exponentials of a whole vocabulary's logits add up in float32."""
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -51,7 +54,7 @@ class GPTConfig:
     qk_gain: float = 1.2
     """Factor on the normed queries and keys."""
     logit_softcap: float = 15.0
-    """Logits are squashed to (-softcap, softcap) by a tanh."""
+    """Logits are squashed to (-softcap, softcap) by a tanh; at most `MAX_SOFTCAP`."""
     value_embeds: bool = True
     """Every other layer adds a gated per-token embedding to its values."""
     smear: bool = True
@@ -76,6 +79,10 @@ class GPTConfig:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(f"window_pattern={self.window_pattern!r} may only hold S and L")
+        if not 0 < self.logit_softcap <= MAX_SOFTCAP:
+            raise ValueError(
+                f"logit_softcap={self.logit_softcap} must be above 0 and at most {MAX_SOFTCAP}"
+            )
         if self.smear and self.n_embd < SMEAR_CHANNELS:
             raise ValueError(f"n_embd={self.n_embd} is below the {SMEAR_CHANNELS} that smear reads")
 

@@ -98,6 +98,7 @@ def test_micro_batches_divide_the_batch_or_say_what_would():
         ({"window_pattern": "SX"}, "'SX' may only hold S and L"),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"n_embd": 18}, "head_dim=3 must be even"),
+        ({"logit_softcap": 90.0}, "logit_softcap=90.0 must be above 0 and at most 60.0"),
     ],
 )
 def test_impossible_shapes_name_values_and_remedy(changes, message):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxchat import loss
+from jaxchat.config import MAX_SOFTCAP
 
 
 def plain(hidden, lm_head, targets, weights, vocab_size, softcap):
@@ -39,6 +40,17 @@ def test_gradients_equal_automatic_ones(problem):
     oracle = jax.grad(plain, argnums=(0, 1))(*problem)
     for mine, theirs in zip(ours, oracle, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_saturated_logits_at_the_highest_cap(problem):
+    """Nothing is subtracted before the exponentials: the cap alone keeps them in float32."""
+    hidden, lm_head, targets, weights, vocab_size, _ = problem
+    extreme = (1e3 * hidden, lm_head, targets, weights, vocab_size, MAX_SOFTCAP)
+    value, gradient = jax.value_and_grad(loss.cross_entropy, argnums=1)(*extreme)
+    oracle, expected = jax.value_and_grad(plain, argnums=1)(*extreme)
+    assert float(oracle) > 100
+    np.testing.assert_allclose(value, oracle, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_scale_with_what_comes_after(problem):
