@@ -41,12 +41,17 @@ def norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 
 def rotary_angles(
-    positions: Int[Array, "B T"], head_dim: int, base: float
+    positions: Int[Array | np.ndarray, "B T"], head_dim: int, base: float
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosine and sine of each position's rotation, one frequency per pair of channels."""
-    frequencies = base ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of each position's rotation, one frequency per pair of channels.
+
+    Of positions in a NumPy array they are constants. XLA computes others again wherever they are
+    multiplied: 64 times in a training step of depth 4.
+    """
+    xp = np if isinstance(positions, np.ndarray) else jnp
+    frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions[:, :, None, None].astype(np.float32) * frequencies[None, None, None]
+    return jnp.asarray(xp.cos(angles)), jnp.asarray(xp.sin(angles))
 
 
 def apply_rotary(x: Float[Array, "B T H C"], cos: Array, sin: Array) -> Float[Array, "B T H C"]:
@@ -237,8 +242,9 @@ class GPT(nnx.Module):
         config = self.config
         if valid is None:
             valid = jnp.full(len(ids), ids.shape[1], jnp.int32)
-        starts = jnp.zeros(len(ids), jnp.int32) if cache is None else cache.lengths
-        positions = starts[:, None] + jnp.arange(ids.shape[1])[None]
+        positions = np.arange(ids.shape[1])[None]  # one row serves all
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
         cos_sin = rotary_angles(positions, config.head_dim, config.rope_base)
         x = x0 = x_mid = self._smear(self._embed(ids), cache)
         stored: list[Any] = []
