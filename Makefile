@@ -48,3 +48,4 @@ bench: setup
 	uv run --no-sync python -m benchmarks.loader
 	uv run --no-sync python -m benchmarks.scaling
 	uv run --no-sync python -m benchmarks.tokenizer
+	uv run --no-sync python -m scripts.infer_bench --depth 6 --vocab-size 8192 --sequence-len 512 --sequential 16
