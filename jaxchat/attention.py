@@ -14,12 +14,16 @@ float32 whatever the inputs are.
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxchat import devices, sharding
 
 Heads = Float[Array, "B T H C"]
 KVHeads = Float[Array, "B T K C"]
@@ -36,7 +40,7 @@ def attention(
     q: Heads, k: KVHeads, v: KVHeads, *, window: int, implementation: str | None = None
 ) -> Heads:
     """Causal self-attention over whole sequences; `implementation=None` picks by device."""
-    kernel = implementation or default_implementation(q.dtype)
+    kernel = implementation or default_implementation(q.dtype, q.shape[-1])
     if kernel == "cudnn":
         return _cudnn_attention(q, k, v, window=window)
     if kernel == "blocked":
@@ -46,10 +50,11 @@ def attention(
     raise ValueError(f"attention {kernel!r}: choose cudnn, blocked or reference")
 
 
-def default_implementation(dtype: DTypeLike) -> str:
-    """cuDNN where it can run (NVIDIA, half precision), blocked XLA elsewhere."""
+def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
+    """cuDNN where it can run (NVIDIA, half precision, its head widths), blocked XLA elsewhere."""
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if jax.default_backend() == "gpu" and half else "blocked"
+    fits = head_dim % 8 == 0 and head_dim <= (256 if devices.is_hopper() else 128)
+    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "blocked"
 
 
 def cached_attention(
@@ -92,9 +97,23 @@ def _blocked_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Head
 def _cudnn_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
     """Asked for by name: with None, JAX picks XLA. A (w, 0) window covers w + 1 keys, as ours."""
     local = None if window >= q.shape[1] else (window, 0)
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    kernel = partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        local_window_size=local,
+        implementation="cudnn",
     )
+    if sharding.TENSOR in sharding.left_to_the_compiler():
+        # which cannot cut this call along an axis of a mesh whose others are cut by hand
+        heads = P(None, None, sharding.TENSOR)
+        kernel = jax.shard_map(
+            kernel,
+            in_specs=(heads,) * 3,
+            out_specs=heads,
+            axis_names={sharding.TENSOR},
+            check_vma=False,
+        )
+    return kernel(q, k, v)
 
 
 def attend_pieces(q: Heads, pieces: Sequence[Piece]) -> Heads:
@@ -127,9 +146,9 @@ def _attend_pieces(q: Float[Array, "B H T C"], pieces: Sequence[Piece]) -> Heads
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     ends = list(itertools.accumulate(k.shape[2] for k, _, _ in pieces))
     shares = jnp.split(weights, ends[:-1], axis=-1)
-    mixed, *others = (
-        jnp.einsum("bkts,bksc->bktc", share.astype(v.dtype), v)
+    mixed = [
+        jnp.einsum("bkts,bksc->bktc", share.astype(v.dtype), v, preferred_element_type=jnp.float32)
         for share, (_, v, _) in zip(shares, pieces, strict=True)
-    )
-    mixed = sum(others, start=mixed)
-    return jnp.swapaxes(mixed.reshape(rows, heads, length, width), 1, 2)
+    ]
+    total = sum(mixed[1:], start=mixed[0]).astype(pieces[0][1].dtype)  # rounded once
+    return jnp.swapaxes(total.reshape(rows, heads, length, width), 1, 2)

@@ -147,6 +147,12 @@ def without(axis: str, spec: P) -> P:
     return P(*(None if entry == axis else entry for entry in spec))
 
 
+def left_to_the_compiler() -> set[str]:
+    """Inside a `shard_map` the axes of the mesh that are not cut by hand; none outside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(mesh.auto_axes) if mesh.manual_axes else set()
+
+
 def gathered(mesh: Mesh, params: Mapping[str, Array]) -> dict[str, Array]:
     """Weights for a jitted forward: no longer cut over `fsdp`."""
     return {
