@@ -18,16 +18,16 @@ def plain(hidden, lm_head, targets, weights, vocab_size, softcap):
 
 @pytest.fixture(params=[64, 100], ids=["whole vocabulary", "padded vocabulary"])
 def problem(request, monkeypatch):
-    """Several uneven chunks: 3 rows of 20 tokens, at most 16 at a time."""
+    """Several chunks, the last not full: 3 rows of 23 tokens, at most 16 at a time."""
     monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 0})
     monkeypatch.setattr(loss, "LEAST_CHUNK_TOKENS", 16)
     keys = jax.random.split(jax.random.key(0), 4)
     rows = -(-request.param // 64) * 64
-    hidden = jax.random.normal(keys[0], (3, 20, 8))
+    hidden = jax.random.normal(keys[0], (3, 23, 8))
     lm_head = jax.random.normal(keys[1], (rows, 8))
-    targets = jax.random.randint(keys[2], (3, 20), 0, request.param)
+    targets = jax.random.randint(keys[2], (3, 23), 0, request.param)
     targets = targets.at[0, :7].set(-1)
-    weights = (targets >= 0).astype(jnp.float32) * jax.random.uniform(keys[3], (3, 20))
+    weights = (targets >= 0).astype(jnp.float32) * jax.random.uniform(keys[3], (3, 23))
     return hidden, lm_head, targets, weights, request.param, 15.0
 
 
@@ -59,6 +59,21 @@ def test_gradients_scale_with_what_comes_after(problem):
     np.testing.assert_allclose(three, 3 * one, rtol=1e-5)
 
 
+def test_a_prime_number_of_tokens_makes_no_smaller_chunks():
+    """Chunks once had to divide the tokens: 8 rows of 509 were cut into single columns."""
+    hidden = jnp.zeros((8, 509, 2))
+    for cut in (loss._flat_chunks, loss._time_chunks):
+        (chunks,) = cut(8192, hidden)
+        assert chunks[0].size // 2 >= 250
+        assert chunks.size // 2 < 8 * 509 + 8 * len(chunks)
+
+
+def test_tanh_of_gpus_is_tanh(monkeypatch):
+    x = jnp.concatenate([jnp.linspace(-9, 9, 1001), jnp.array([-1e30, -200.0, 200.0, 1e30])])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(loss._tanh(x), np.tanh(np.asarray(x, np.float64)), atol=1e-6)
+
+
 def test_ignored_tokens_have_no_gradient(problem):
     gradient = jax.grad(loss.cross_entropy)(*problem)
     assert not np.any(gradient[0, :7])
@@ -73,7 +88,7 @@ def test_scores_are_the_plain_log_probabilities_and_argmax(problem):
     logits = softcap * jnp.tanh(hidden @ lm_head[:vocab_size].T / softcap)
     np.testing.assert_array_equal(greedy, jnp.argmax(logits, axis=-1))
     for b, t in [(0, 0), (0, 8), (1, 15), (2, 19)]:
-        alone = jnp.zeros((3, 20)).at[b, t].set(float(targets[b, t] >= 0))
+        alone = jnp.zeros((3, 23)).at[b, t].set(float(targets[b, t] >= 0))
         expected = plain(hidden, lm_head, targets, alone, vocab_size, softcap)
         assert float(nll[b, t]) == pytest.approx(float(expected), abs=1e-5)
 
