@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from jaxchat import peers, runtime
 from jaxchat.artifacts import atomic_write, base_dir, claim
 from jaxchat.backend import Backend, backend_class
 from jaxchat.config import GPTConfig
+from jaxchat.memory import readable
 from jaxchat.tokenizer import Tokenizer
 
 STAGE_FOLDERS = {
@@ -39,6 +41,9 @@ META = "meta.json"
 
 BEST = "best.json"
 """Which checkpoint has validated best."""
+
+REPLACED = "replaced-"
+"""How the folders begin that hold earlier runs of the same name, inside the run's own."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class CheckpointStore:
     """The checkpoints of one run; keeps the newest `keep` of them, and the best by validation."""
 
     def __init__(self, directory: Path, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(
+                f"--keep-checkpoints {keep}: give at least 1; a large number keeps them all"
+            )
         self.directory, self.keep = directory, keep
         self._commit: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -116,6 +125,36 @@ class CheckpointStore:
                 "with --resume never"
             )
         return None
+
+    def set_aside(self, backend: Backend) -> None:
+        """Move what an earlier run left into `replaced-<time>`, for a run that starts anew.
+
+        Its higher numbers would outlive the new checkpoints, and be loaded in their place. All
+        processes must call it, in a claimed folder.
+        """
+        _meet(backend)  # another process may still be reading the weights it starts from here
+        if runtime.is_first_process():
+            self._move_aside()
+        _meet(backend)
+
+    def _move_aside(self) -> None:
+        steps = self.steps()
+        if not steps:
+            return
+        target = self.directory / f"{REPLACED}{time.strftime('%Y%m%d-%H%M%S')}"
+        ours = (".", REPLACED)  # the claim, and what has been set aside before
+        old = [path for path in self.directory.iterdir() if not path.name.startswith(ours)]
+        target.mkdir()
+        for path in old:
+            if path.suffix != ".tmp":  # what a killed save left: the next one removes it
+                path.rename(target / path.name)
+        size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+        print(
+            f"starting over: the earlier run of this name (steps {', '.join(map(str, steps))}; "
+            f"{readable(size)}) is now in {target}; load it with --model-tag "
+            f"{self.directory.name}/{target.name}, or delete it to make room",
+            flush=True,
+        )
 
     def _check_same_run(self, meta: Mapping, facts: Mapping[str, Any], step: int) -> None:
         # through JSON, because that is how the checkpoint's own facts have travelled
@@ -231,6 +270,11 @@ def _on_any_process(backend: Backend, it_is_so: bool) -> bool:
         return backend.agree(it_is_so) | backend.agree(False)
 
 
+def _meet(backend: Backend) -> None:
+    """Wait for every other process to come here."""
+    _on_any_process(backend, False)
+
+
 def _remove(staging: Path) -> None:
     """What a failed save leaves is no use to anyone."""
     if runtime.is_first_process():
@@ -273,10 +317,11 @@ def load_model(
     step: int | None = None,
     dtype: str | None = None,
     device: int | None = None,
+    mesh: str | None = None,
 ) -> LoadedModel:
     """Load the weights of a stage's model: by tag and step, or the deepest and the newest.
 
-    `device`: the one local device to put them on; None uses all of them.
+    `device`: the one local device to put them on; None uses all of them, shared as `mesh` says.
     """
     tag = model_tag or find_model_tag(source)
     store = CheckpointStore(stage_directory(source, tag))
@@ -290,7 +335,8 @@ def load_model(
     meta = store.read_meta(step)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(meta, tokenizer, store.path(step))
-    model = backend_class(backend)(GPTConfig(**meta["model"]), dtype=dtype, device=device)
+    config = GPTConfig(**meta["model"])
+    model = backend_class(backend)(config, dtype=dtype, device=device, mesh=mesh)
     load_arrays(model, store.path(step), meta, training=False)
     return LoadedModel(model, tokenizer, meta, tag, store.path(step))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat.artifacts import base_dir
+from jaxchat.artifacts import base_dir, lock
 
 DISTRIBUTIONS = (
     "numpy",
@@ -53,19 +53,32 @@ FORMAT = 2
 
 
 def ensure_embedded_corpus() -> Path:
-    """The folder of the corpus, harvested when it is missing or the libraries have changed."""
+    """The folder of the corpus, harvested when it is missing or the libraries have changed.
+
+    Of several processes one harvests and the others wait for it.
+    """
     directory = base_dir() / "data" / "embedded"
     versions = installed_versions()
-    manifest = directory / "manifest.json"
-    if manifest.exists() and json.loads(manifest.read_text())["versions"] == versions:
+    if _is_of(directory, versions):
         return directory
-    staging = directory.with_suffix(".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write_corpus(staging, harvest(), versions)
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.rename(directory)
+    with lock(directory):
+        if _is_of(directory, versions):  # by the one that we waited for
+            return directory
+        staging = directory.with_suffix(".tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_corpus(staging, harvest(), versions)
+        shutil.rmtree(directory, ignore_errors=True)
+        staging.rename(directory)
     return directory
+
+
+def _is_of(directory: Path, versions: dict[str, str]) -> bool:
+    try:
+        manifest = (directory / "manifest.json").read_text()
+    except FileNotFoundError:
+        return False
+    return json.loads(manifest)["versions"] == versions
 
 
 def installed_versions() -> dict[str, str]:

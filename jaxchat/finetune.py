@@ -139,6 +139,8 @@ def _train(run: _Run) -> None:
         sample_every=options.sample_every,
     )
     _describe(run, loop, start["step"])
+    if options.resume == "never":
+        run.store.set_aside(backend)
     tracker = open_tracker(
         run.store.directory,
         run=options.run,
@@ -179,7 +181,11 @@ def _train(run: _Run) -> None:
 def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
     """Load the source and settle what the options leave open."""
     model = load_model(
-        options.source, backend=options.backend, model_tag=options.model_tag, step=options.step
+        options.source,
+        backend=options.backend,
+        model_tag=options.model_tag,
+        step=options.step,
+        mesh=options.mesh,
     )
     meta = model.meta
     inherited = Inherited.of(meta)

@@ -8,7 +8,7 @@ from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.config import OptimizerConfig
 from jaxchat.memory import NO_SAVINGS, Savings
-from jaxchat.plan import REFERENCE_BATCH_TOKENS
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, check_positive
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ class FinetuneOptions:
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest first."""
     resume: str = "auto"
-    """auto: continue what is there; never: start anew."""
+    """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the order of the conversations."""
     backend: str = DEFAULT_BACKEND
     """jax or torch."""
+    mesh: str = "auto"
+    """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
     run: str | None = None
     """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
     tensorboard: bool = False
@@ -70,10 +72,12 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise ValueError(f"--resume {self.resume}: choose auto or never")
-        if self.epochs <= 0 or self.init_lr_frac <= 0:
-            raise ValueError(
-                f"epochs={self.epochs} and init_lr_frac={self.init_lr_frac} must be above 0"
-            )
+        check_positive(
+            num_iterations=self.num_iterations,
+            epochs=self.epochs,
+            total_batch_size=self.total_batch_size,
+            init_lr_frac=self.init_lr_frac,
+        )
 
 
 BASE_OPTIMIZER = "base_optimizer"

@@ -53,8 +53,14 @@ def plan_training(
     The horizon is the first one given of `num_iterations`, `target_flops` and the ratio of tokens
     to scaling parameters. The batch grows as (D / D_12)^0.383 (arXiv 2505.13738), learning rates
     with its square root, and weight decay with the square root of the batch over the horizon
-    (T_epoch framework, arXiv 2405.13698).
+    (T_epoch framework, arXiv 2405.13698). ValueError for a number that is not above 0.
     """
+    check_positive(
+        num_iterations=num_iterations,
+        target_flops=target_flops,
+        target_param_data_ratio=target_param_data_ratio,
+        total_batch_size=total_batch_size,
+    )
     reference = _reference_shape(config, aspect_ratio)
     ratio_tokens = target_param_data_ratio * scaling_params(config)
     reference_tokens = target_param_data_ratio * scaling_params(reference)
@@ -74,6 +80,18 @@ def plan_training(
         weight_decay=optimizer.weight_decay * batch_scale * reference_tokens / ratio_tokens,
         target_tokens=batch * num_iterations,
     )
+
+
+def check_positive(**options: float | None) -> None:
+    """ValueError, naming its flag, for an option that is given and not above 0."""
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag(name)} {value}: must be above 0")
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def micro_batches(

@@ -20,6 +20,7 @@ from jaxchat.artifacts import json_numbers
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.dataloader import Batch
+from jaxchat.plan import check_positive, flag
 from jaxchat.progress import TrainingProgress, format_duration
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import Diverged, SpikeGuard, SpikeRule, keep_evidence
@@ -75,6 +76,16 @@ class LoopConfig:
     """Steps between samples."""
     spikes: SpikeRule = field(default_factory=SpikeRule)
     """Which steps are skipped, and how many at most."""
+
+    def __post_init__(self) -> None:
+        check_positive(num_iterations=self.num_iterations, micro_batches=self.micro_batches)
+        for name in ("eval_every", "save_every", "sample_every"):
+            every = getattr(self, name)
+            if every is not None and every < 1:
+                raise ValueError(
+                    f"{flag(name)} {every}: give at least 1; more steps than the run has mean only "
+                    "at its end"
+                )
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Config:
     model_tag: str | None = None
     """Name of the run; d<depth> when not set."""
     resume: str = "auto"
-    """auto: continue what is there; never: start anew."""
+    """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the weights and of the data order."""
     backend: str = DEFAULT_BACKEND
@@ -182,6 +182,8 @@ def train(config: Config, store: CheckpointStore) -> None:
     config = replace(config, device_batch_size=rows, **asdict(savings))
     loop = loop_of(config, backend, plan, rows)
     describe(config, backend, plan, loop, start["step"])
+    if config.resume == "never":
+        store.set_aside(backend)
     tracker = open_tracker(
         store.directory,
         run=config.run,

@@ -27,7 +27,7 @@ from jaxchat.checkpoint import (
 )
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
-from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
@@ -85,11 +85,13 @@ class Config:
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest first."""
     resume: str = "auto"
-    """auto: continue what is there; never: start anew."""
+    """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the order of the questions and of every reply."""
     backend: str = DEFAULT_BACKEND
     """jax or torch."""
+    mesh: str = "auto"
+    """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
     run: str | None = None
     """Weights & Biases run name; WANDB_RUN when not set, none when that is not set either."""
     tensorboard: bool = False
@@ -98,6 +100,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise ValueError(f"--resume {self.resume}: choose auto or never")
+        check_positive(num_iterations=self.num_iterations)
         self.rollouts()
 
     def rollouts(self) -> RolloutConfig:
@@ -117,7 +120,11 @@ def main(config: Config) -> None:
     source = config.data or default_source()
     task, judged = rl_tasks(source)
     model = load_model(
-        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+        config.source,
+        backend=config.backend,
+        model_tag=config.model_tag,
+        step=config.step,
+        mesh=config.mesh,
     )
     store = CheckpointStore(stage_directory("rl", model.tag), keep=config.keep_checkpoints)
     with store.claim():
@@ -141,6 +148,8 @@ def train(
         f"{len(task):,} questions of {task.name}: {plan.num_iterations:,} steps of "
         f"{config.questions} x {config.samples} replies on {model.backend.devices.description}"
     )
+    if config.resume == "never":
+        store.set_aside(model.backend)
     tracker = open_tracker(
         store.directory,
         run=config.run,

@@ -77,6 +77,34 @@ def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
         run(backend, "--temperature", "0.5")
 
 
+def test_a_run_that_starts_over_is_what_is_loaded_later(backend):
+    run(backend, "--num-iterations", "2")
+    store = run(backend, "--num-iterations", "1", "--resume", "never")
+    assert store.steps() == [1]
+    (aside,) = store.directory.glob("replaced-*")
+    assert CheckpointStore(aside).steps() == [2]
+
+
+def test_a_mesh_changes_nothing(backend):
+    if backend == "torch":
+        with pytest.raises(ValueError, match="--mesh fsdp=8: torch divides rows alone"):
+            run(backend, "--mesh", "fsdp=8")
+        return
+    losses = [
+        metrics(run(backend, "--mesh", mesh, "--resume", "never"), "train/loss")
+        for mesh in ("auto", "data=2,fsdp=4")
+    ]
+    assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_run_of_no_steps_is_refused(value, capsys):
+    """0 was one pass over the questions."""
+    with pytest.raises(SystemExit):
+        cli.parse(chat_rl.Config, ["--num-iterations", value])
+    assert f"--num-iterations {value}: must be above 0" in capsys.readouterr().err
+
+
 def test_rollouts_must_divide_into_micro_batches(backend):
     with pytest.raises(ValueError, match="are not a multiple of device_batch_size=3"):
         run(backend, "--device-batch-size", "3")

@@ -142,6 +142,58 @@ def test_what_another_process_cannot_read_is_skipped_by_all(tmp_path, late, caps
     assert f"skipping {store.path(30)}, another process" in capsys.readouterr().out
 
 
+def test_a_run_that_starts_over_sets_the_earlier_one_aside(tmp_path, capsys):
+    """Its higher numbers outlived the new checkpoints, and were loaded in their place."""
+    earlier = saved(tmp_path, steps=(10, 20, 30))
+    earlier.note_validation(20, 1.0)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "step_000040.tmp").mkdir()
+    store = CheckpointStore(tmp_path, keep=2)
+    with store.claim():
+        store.set_aside(FileBackend())
+        for step in (5, 15, 25):
+            store.save(step, FileBackend(), {})
+        store.finish()
+    assert (store.steps(), store.best()) == ([15, 25], None)
+    (aside,) = tmp_path.glob("replaced-*")
+    assert not (aside / "step_000040.tmp").exists()
+    assert (aside / "metrics.jsonl").exists() and not (tmp_path / "metrics.jsonl").exists()
+    kept = CheckpointStore(aside)
+    assert (kept.steps(), kept.best()) == ([10, 20, 30], 20)
+    assert f"--model-tag {tmp_path.name}/{aside.name}" in capsys.readouterr().out
+
+
+def test_where_no_run_was_nothing_is_set_aside(tmp_path, capsys):
+    CheckpointStore(tmp_path / "run").set_aside(FileBackend())
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "seen"), [(0, [[10], [10], [], []]), (1, [[10]] * 4)])
+def test_the_first_process_sets_aside_between_two_meetings(tmp_path, monkeypatch, rank, seen):
+    monkeypatch.setenv("RANK", str(rank))
+    steps_at_votes = []
+
+    class Voting(FileBackend):
+        def agree(self, asked):
+            steps_at_votes.append(store.steps())
+            return asked
+
+    store = saved(tmp_path / "run", steps=(10,)) if rank == 0 else CheckpointStore(tmp_path / "run")
+    if rank:
+        store.path(10).mkdir(parents=True)
+        (store.path(10) / "meta.json").write_text("{}")
+    store.set_aside(Voting())
+    assert steps_at_votes == seen
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_keeping_no_checkpoint_is_refused(tmp_path, keep):
+    """0 kept all of them, and -1 deleted each as soon as it was written."""
+    with pytest.raises(ValueError, match=f"--keep-checkpoints {keep}: give at least 1"):
+        CheckpointStore(tmp_path, keep=keep)
+
+
 def test_nothing_to_restore_is_none(tmp_path):
     assert CheckpointStore(tmp_path).restore(FileBackend(), {}) is None
 

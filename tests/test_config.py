@@ -83,6 +83,15 @@ def test_the_horizon_is_steps_before_flops_before_ratio():
     assert ratio.num_iterations == round(8 * scaling_params(config) / 2**19)
 
 
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize(
+    "name", ["num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size"]
+)
+def test_a_horizon_that_cannot_be_is_refused_by_its_flag(name, value):
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}: must be above 0"):
+        plan_training(GPTConfig.from_depth(12), OptimizerConfig(), **{name: value})
+
+
 def test_micro_batches_divide_the_batch_or_say_what_would():
     plan = plan_training(GPTConfig.from_depth(12), OptimizerConfig())
     assert micro_batches(plan, sequence_len=2048, device_batch_size=32, devices=2) == 4

@@ -1,6 +1,10 @@
 """Corpora: folders, hub shards and the embedded documentation, and what is said when one is bad."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +12,8 @@ import pytest
 
 from jaxchat import dataset, embedded_corpus
 from jaxchat.dataset import HUB_DATASETS, default_corpus, open_corpus
+
+ROOT = Path(__file__).parents[1]
 
 
 def write_shard(path, texts, row_group_size=2):
@@ -124,6 +130,50 @@ def test_the_embedded_corpus_is_harvested_once_per_set_of_versions(base_dir, lib
     monkeypatch.setattr(embedded_corpus, "installed_versions", lambda: versions)
     with pytest.raises(pytest.fail.Exception, match="harvested again"):
         open_corpus("embedded")
+
+
+HARVESTER = """
+import sys
+
+from jaxchat import embedded_corpus
+
+def harvest():
+    print("harvesting", file=sys.stderr, flush=True)
+    input()
+    return [{name: "x" for name in ("text", "doc", "name", "module", "distribution", "kind")}]
+
+embedded_corpus.harvest = harvest
+print("asking", flush=True)
+print(embedded_corpus.ensure_embedded_corpus() / "manifest.json", flush=True)
+"""
+
+
+def test_two_processes_that_miss_the_corpus_harvest_it_once(base_dir):
+    """They wrote into one folder, and each renamed it under the other."""
+
+    def process():
+        return subprocess.Popen(
+            [sys.executable, "-c", HARVESTER],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with process() as first, process() as second:
+        said = [second.stdout.readline(), first.stdout.readline()]
+        assert said == ["asking\n"] * 2
+        time.sleep(1)  # both are inside, or one waits for the other
+        for each in (first, second):
+            each.stdin.write("\n")
+            each.stdin.flush()
+        outcomes = [each.communicate(timeout=60) for each in (first, second)]
+    assert "".join(errors for _, errors in outcomes).count("harvesting") == 1, outcomes
+    assert [output.split()[-1] for output, _ in outcomes] == [
+        str(base_dir / "data" / "embedded" / "manifest.json")
+    ] * 2
+    assert not (base_dir / "data" / "embedded.tmp").exists()
 
 
 def test_no_document_of_one_module_is_on_both_sides(base_dir, library):

@@ -12,7 +12,7 @@ import torch
 from jaxchat import loss
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore, load_model, stage_directory
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
 from jaxchat.finetune import Lesson, finetune
@@ -165,6 +165,37 @@ def test_a_warm_start_takes_over_the_optimizer(backend):
     assert counts == {True: {BASE_STEPS + STEPS}, False: {STEPS}}
 
 
+def test_a_stage_that_starts_over_is_what_the_next_one_loads(backend):
+    teach(backend, num_iterations=2)
+    store = teach(backend, num_iterations=1, resume="never")
+    assert store.steps() == [1]
+    (aside,) = store.directory.glob("replaced-*")
+    assert CheckpointStore(aside).steps() == [2]
+
+
+def test_a_mesh_divides_the_weights_and_changes_nothing(backend):
+    if backend == "torch":
+        with pytest.raises(ValueError, match="--mesh fsdp=8: torch divides rows alone"):
+            teach(backend, mesh="fsdp=8")
+        return
+    model = load_model("base", backend=backend, model_tag="tiny", mesh="data=2,fsdp=4")
+    (shard, *_) = model.backend.params["wte.weight"].addressable_shards
+    assert 4 * shard.data.size == model.backend.params["wte.weight"].size
+    with pytest.raises(ValueError, match="is 6 device"):
+        teach(backend, mesh="fsdp=3")
+    losses = [
+        metrics(teach(backend, num_iterations=2, mesh=mesh, resume="never"), "train/loss")
+        for mesh in ("auto", "data=2,fsdp=4")
+    ]
+    np.testing.assert_allclose(*(list(found.values()) for found in losses), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["num_iterations", "total_batch_size", "epochs"])
+def test_a_stage_of_nothing_is_refused_by_its_flag(name):
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} 0: must be above 0"):
+        FinetuneOptions(**{name: 0})
+
+
 def test_two_runs_cannot_share_a_folder(backend):
     store = CheckpointStore(stage_directory("mid", "tiny"))
     with store.claim(), pytest.raises(OSError, match="tiny"):
@@ -179,7 +210,7 @@ def test_options_override_what_is_inherited():
     assert found.x0_lambdas.lr == BASE_RATES.x0_lambdas.lr / 2
     assert optimizer_of(FinetuneOptions(), BASE_RATES) == BASE_RATES
     assert Inherited.of({}).optimizer == OptimizerConfig()  # an imported model says nothing
-    with pytest.raises(ValueError, match="init_lr_frac=0 must be above 0"):
+    with pytest.raises(ValueError, match="--init-lr-frac 0: must be above 0"):
         FinetuneOptions(init_lr_frac=0)
 
 

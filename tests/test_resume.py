@@ -1,6 +1,7 @@
 """A killed run continues exactly: same losses, same data, same weights, bit for bit."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,20 @@ def test_a_finished_run_is_not_trained_again(world, uninterrupted):
     before = losses(uninterrupted)
     assert f"continuing tiny at step {STEPS}" in finish(world, uninterrupted)
     assert losses(uninterrupted) == before
+
+
+def test_a_run_that_starts_over_keeps_its_own_checkpoints(world, uninterrupted, tmp_path):
+    """It is shorter than the earlier one, whose weights were loaded in place of its own."""
+    base = tmp_path / "copy"
+    shutil.copytree(uninterrupted, base, symlinks=True)
+    earlier = CheckpointStore(run_of(base)).steps()
+    output = finish(world, base, [*OPTIONS, "--num-iterations", "4", "--resume", "never"])
+    assert "starting over" in output
+    assert CheckpointStore(run_of(base)).steps() == [2, 4]
+    assert sorted(losses(base)) == [1, 2, 3, 4]
+    (aside,) = run_of(base).glob("replaced-*")
+    assert CheckpointStore(aside).steps() == earlier
+    assert (aside / "metrics.jsonl").exists()
 
 
 def test_another_run_under_the_same_name_is_refused(world, uninterrupted):

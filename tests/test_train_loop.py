@@ -20,6 +20,17 @@ from jaxchat.tracker import METRICS, Tracker, read_metrics
 from jaxchat.train_loop import LoopConfig, Stage, run_loop
 
 
+class OnItsWay:
+    """A scalar still on the device; says so when the host waits for it."""
+
+    def __init__(self, value, on_read):
+        self.value, self.on_read = value, on_read
+
+    def __array__(self, dtype=None, copy=None):
+        self.on_read()
+        return np.asarray(self.value, np.float32)
+
+
 class Diary:
     """Backend, loader and checkpoint store at once: writes down what it is asked to do."""
 
@@ -29,6 +40,8 @@ class Diary:
     def __init__(self):
         self.entries, self.weights, self.on_step = [], [], None
         self.losses = {}
+        self.reads = []
+        """(step, steps that had been dispatched when its loss was read)."""
 
     def __next__(self):
         rows = np.zeros((4, 8), np.int32)
@@ -51,8 +64,9 @@ class Diary:
             self.on_step(self.entries.count("train"))
         loss = self.losses.get(self.entries.count("train"), 2.0)
         skipped = not (math.isfinite(loss) and loss <= limits.loss)
+        step = self.entries.count("train")
         return {
-            "loss": np.float32(loss),
+            "loss": OnItsWay(loss, lambda: self.reads.append((step, self.entries.count("train")))),
             "grad_norm": np.float32(1),
             "skipped": np.float32(skipped),
         }
@@ -120,6 +134,21 @@ def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
         assert row["train/mfu"] == pytest.approx(speed * 1000.0 / 1e9)
     assert [row["step"] for row in rows if "val/bpb" in row] == [0, 3]
     assert "reward 0.2500" in capsys.readouterr().out
+
+
+def test_a_step_is_read_after_the_next_has_been_dispatched(diary):
+    """Else the device would wait for the host; only what has to know the weights may ask before."""
+    diary.run(num_iterations=6, save_every=4)
+    assert diary.reads == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["num_iterations", "eval_every", "save_every", "sample_every"])
+def test_a_loop_that_cannot_be_is_refused_by_its_flag(name, value):
+    """-1 was every step, and 0 divided by zero."""
+    given = {"num_iterations": 4, "micro_batches": 1, "flops_per_token": 1.0, name: value}
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}: "):
+        LoopConfig(**given)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
