@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,26 @@ def world(tmp_path_factory):
     return base
 
 
-def start(world, base, count, *, devices, options=()):
+MODULE = ("-m", "scripts.base_train")
+FAILING = """
+from jaxchat import cli, runtime
+from jaxchat.jax_backend import JaxBackend
+from scripts import base_train
+
+steps, train_step = [], JaxBackend.train_step
+
+def fail_at_third(*arguments):
+    steps.append(arguments)
+    if runtime.process_index() == {process} and len(steps) == 3:
+        raise NotImplementedError("no such kernel")
+    return train_step(*arguments)
+
+JaxBackend.train_step = fail_at_third
+cli.run(base_train.main, base_train.Config)
+"""
+
+
+def start(world, base, count, *, devices, options=(), program=MODULE):
     """`count` processes with `devices` each, and a base directory of the run's own."""
     base.mkdir(exist_ok=True)
     for shared in ("tokenizer", "compilation_cache"):
@@ -50,7 +70,7 @@ def start(world, base, count, *, devices, options=()):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "scripts.base_train", *OPTIONS, *options]
+    words = [sys.executable, *program, *OPTIONS, *options]
     processes = []
     for index in range(count):
         env = {
@@ -116,6 +136,18 @@ def test_processes_train_as_one(world, alone, tmp_path, count, devices, mesh):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_processes_that_start_over_set_the_earlier_run_aside_once(world, alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "copy", symlinks=True)
+    options = ["--num-iterations", "4", "--resume", "never"]
+    outputs = finish(start(world, tmp_path / "copy", 2, devices=2, options=options))
+    assert "starting over" in outputs[0] and "starting over" not in outputs[1]
+    store = CheckpointStore(run_of(tmp_path / "copy"))
+    assert store.steps() == [2, 4]
+    (aside,) = store.directory.glob("replaced-*")
+    assert CheckpointStore(aside).steps()[-1] == STEPS
+
+
 def wait_for(base, step):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
@@ -155,6 +187,22 @@ def test_a_lost_process_ends_the_run_and_any_number_continues_it(
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=1e-5)
     ours, theirs = (CheckpointStore(run_of(base)).read_meta(STEPS) for base in (tmp_path, alone))
     assert ours["loader"] == theirs["loader"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "failing"), [(2, 0), (2, 1), (4, 2)])
+def test_an_error_on_one_process_asks_nobody_to_try_again(world, tmp_path, count, failing):
+    """A launcher that sees 75 starts the run again, which would meet the same error."""
+    program = ("-c", FAILING.format(process=failing))
+    processes = start(world, tmp_path, count, devices=4 // count, program=program)
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    # JAX may abort the failing one, whose orderly exit waits for the others
+    assert codes.pop(failing) in (1, -signal.SIGABRT), outputs
+    assert codes == [2] * (count - 1), outputs
+    assert "NotImplementedError: no such kernel" in outputs.pop(failing)
+    for output in outputs:
+        assert f"(process {failing} has failed)" in output
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.peers import EXIT_LOST
+from jaxchat import peers
+from jaxchat.peers import EXIT_FAILED, EXIT_LOST, FAILED, GONE, News, exit_status
 
 MEMBER = """
 import json, os, pathlib, sys, time
@@ -37,6 +38,11 @@ try:
             raise ValueError("bad rows")
         if how == "fill":
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        if how == "lack":
+            raise NotImplementedError("no such kernel")
+        if how.startswith("hear"):  # what a collective says soon after a process has ended
+            time.sleep(float(how.removeprefix("hear")))
+            raise RuntimeError("Gloo all-reduce failed: Connection closed by peer")
         time.sleep(float(how))
 except (ValueError, RuntimeError) as error:
     print(error)
@@ -86,18 +92,87 @@ def test_processes_that_end_at_different_times_end_well(tmp_path):
     assert (codes, texts) == ([0, 0, 0], ["done\n"] * 3)
 
 
-def test_an_error_on_one_process_ends_the_others(tmp_path):
-    codes, texts = finish(start(tmp_path, "wait", "fail"))
-    assert codes == [EXIT_LOST, 2]
-    assert "process 1 has ended" in texts[0]
-    assert texts[1] == "bad rows\n"
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_error_on_one_process_ends_the_others_for_good(tmp_path, failing):
+    """Exit codes were [75, 2]: a launcher took the highest, and tried the same again, for ever."""
+    hows = ["wait"] * 3
+    hows[failing] = "fail"
+    codes, texts = finish(start(tmp_path, *hows))
+    assert codes == [EXIT_FAILED] * 3
+    assert texts.pop(failing) == "bad rows\n"
+    for text in texts:
+        assert text.count(f"(process {failing} has failed)") == 1
+        assert "Run the same command again" not in text
 
 
-def test_memory_that_runs_out_is_not_a_lost_process(tmp_path):
-    """A launcher would start the same run again, for ever."""
-    codes, texts = finish(start(tmp_path, "wait", "fill"))
-    assert codes == [EXIT_LOST, 2]
-    assert texts[1].startswith("RESOURCE_EXHAUSTED")
+@pytest.mark.parametrize(("how", "says"), [("fill", "RESOURCE_EXHAUSTED"), ("lack", "no such")])
+def test_an_error_that_is_not_about_others_is_not_a_lost_process(tmp_path, how, says):
+    """NotImplementedError is a RuntimeError, and was taken for a collective's."""
+    codes, texts = finish(start(tmp_path, "wait", how))
+    assert codes == [EXIT_FAILED, 2]
+    assert texts[1].startswith(says)
+
+
+def test_a_collective_that_fails_asks_why(tmp_path):
+    """The third process learns from its collective before the first one has told it."""
+    codes, texts = finish(start(tmp_path, "wait", "fail", "hear0.5"))
+    assert codes == [EXIT_FAILED] * 3
+    assert "(process 1 has failed)" in texts[2]
+
+
+def test_a_collective_that_fails_without_news_is_a_lost_process(tmp_path):
+    codes, texts = finish(start(tmp_path, "wait", "wait", "hear0.5"))
+    assert codes == [EXIT_LOST] * 3
+    assert "Connection closed by peer" in texts[2]
+    assert "(process 2 has ended)" in texts[1]
+
+
+LOST = [  # as gloo, NCCL, XLA's coordination service and torch word it
+    "FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: Connection closed by "
+    "peer [127.0.0.1]:61374",
+    "[external/gloo/gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:5: Connection reset",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: sync_global_devices:0",
+    "UNAVAILABLE: failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.4:7733",
+    "ABORTED: /job:jax_worker/replica:0/task:1 unexpectedly tried to connect",
+    "The following tasks are unhealthy (stopped sending heartbeats): task:1",
+    "CANCELLED: Coordination service has stopped. RecordHeartbeat() from task: 0",
+    "Socket Timeout",
+]
+OWN = [
+    RuntimeError("INVALID_ARGUMENT: Mosaic failed to compile the kernel"),
+    RuntimeError("INTERNAL: ptxas exited with non-zero error code 65280"),
+    RuntimeError("Array has been deleted with shape=float32[4]"),
+    NotImplementedError("ProcessGroupNCCL does not support allgather of bool"),
+    RecursionError("maximum recursion depth exceeded"),
+]
+
+
+@pytest.mark.parametrize("words", LOST)
+def test_errors_of_collectives_are_told_from_what_others_said(words):
+    error = RuntimeError(words)
+    assert exit_status(error, None) == EXIT_LOST
+    assert exit_status(error, News(GONE, 1)) == EXIT_LOST
+    assert exit_status(error, News(FAILED, 1)) == EXIT_FAILED
+    assert exit_status(ValueError(words), News(GONE, 1)) is None
+
+
+@pytest.mark.parametrize("error", OWN, ids=lambda error: str(error)[:20])
+def test_other_errors_are_our_own_unless_a_process_is_gone(error):
+    assert exit_status(error, None) is None
+    assert exit_status(error, News(FAILED, 1)) is None
+    assert exit_status(error, News(GONE, 1)) == EXIT_LOST
+
+
+def test_memory_that_runs_out_is_our_own_even_then():
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while running NCCL operation")
+    assert exit_status(error, News(GONE, 1)) is None
+
+
+def test_errors_without_a_watch_are_told_apart_too():
+    with pytest.raises(NotImplementedError), peers.exit_when_one_is_lost(2):
+        raise NotImplementedError("no such kernel")
 
 
 def test_an_error_on_all_processes_is_said_by_each(tmp_path):
