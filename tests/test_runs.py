@@ -235,10 +235,18 @@ def test_every_run_has_a_tag_of_its_own_and_its_batch_divides(name, devices):
         micro_batches(
             plan,
             sequence_len=config.sequence_len,
-            device_batch_size=config.device_batch_size,
+            device_batch_size=config.device_batch_size or 1,  # memory decides on some divisor
             devices=devices,
         )
         assert plan.num_iterations > config.warmup_steps
+
+
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "cpu_scaling"])
+def test_on_gpus_memory_says_how_many_rows_fit(name):
+    """32 rows of depth 24 were once asked for, which 80 GB do not hold."""
+    assert {config.device_batch_size for config in trainings(name)} == {None}
+    [first, *_] = trainings(name, EXTRA="--device-batch-size 2")
+    assert first.device_batch_size == 2
 
 
 def test_the_sweeps_are_the_ones_they_say():

@@ -14,7 +14,6 @@ set -euo pipefail
 SERIES="${SERIES:-mini}"                # tags are mini_d8 and so on
 DEPTHS="${DEPTHS:-8 10 12 14 16 18 20}" # 3.2e19 FLOPs and 38 GB in all
 RATIO="${RATIO:-12}"                    # tokens per scaling parameter
-ROWS="${ROWS:-16}"                      # 8 GPUs x 16 rows x 2048 = 2^18 tokens, a step of d8
 CORPUS="${CORPUS:-climbmix}"
 SHARDS="${SHARDS:-150}"                 # d20 reads 5.2 G tokens of 4.7 characters, a shard holds 250 M
 VOCAB="${VOCAB:-32768}"
@@ -23,7 +22,7 @@ prepare "$CORPUS" "$SHARDS" "$VOCAB"
 for depth in $DEPTHS; do
     tag="${SERIES}_d$depth"
     train "$tag" --depth "$depth" --corpus "$CORPUS" --target-param-data-ratio "$RATIO" \
-        --device-batch-size "$ROWS" --save-every 1000
+        --save-every 1000
     core "$tag"
     # after every depth, so that the table is there while the series runs
     launch sweep_table --tags "${SERIES}_d*" -o "$JAXCHAT_BASE_DIR/$SERIES.csv"

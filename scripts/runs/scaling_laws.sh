@@ -14,7 +14,6 @@ set -euo pipefail
 SERIES="${SERIES:-flops}"                    # tags are flops_1e18_d10 and so on
 BUDGETS="${BUDGETS:-1e18 2.15e18 4.64e18 1e19}" # thirds of a decade; 1.1e20 FLOPs in all
 DEPTHS="${DEPTHS:-10 12 14 16 18 20}"           # 145 GB of checkpoints
-ROWS="${ROWS:-16}"
 CORPUS="${CORPUS:-climbmix}"
 SHARDS="${SHARDS:-400}"                      # d10 reads 20 G tokens at 1e19 FLOPs
 VOCAB="${VOCAB:-32768}"
@@ -25,7 +24,7 @@ prepare "$CORPUS" "$SHARDS" "$VOCAB"
 for flops in $BUDGETS; do
     for depth in $DEPTHS; do
         train "${SERIES}_${flops}_d$depth" --depth "$depth" --corpus "$CORPUS" --target-flops "$flops" \
-            --total-batch-size "$BATCH" --device-batch-size "$ROWS" --save-every 2000 \
+            --total-batch-size "$BATCH" --save-every 2000 \
             --eval-every 1000000 --sample-every 1000000
     done
     launch sweep_table --tags "${SERIES}_*" -o "$JAXCHAT_BASE_DIR/$SERIES.csv"

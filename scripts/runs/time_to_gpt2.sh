@@ -11,7 +11,6 @@ set -euo pipefail
 
 DEPTH="${DEPTH:-24}"
 RATIO="${RATIO:-8}"     # undertrained for its size: 1.5 times faster than the series' 12
-ROWS="${ROWS:-32}"      # of 2048 tokens on each GPU of 80 GB
 GOAL="${GOAL:-0.256525}" # GPT-2 (1.6 B parameters, 2019), DCLM's CORE (arXiv 2406.11794)
 CORPUS="${CORPUS:-climbmix}"
 SHARDS="${SHARDS:-150}" # 5.8 G tokens of 4.7 characters
@@ -20,6 +19,6 @@ tag="${TAG:-gpt2_d$DEPTH}"
 
 prepare "$CORPUS" "$SHARDS" "$VOCAB"
 train "$tag" --depth "$DEPTH" --corpus "$CORPUS" --target-param-data-ratio "$RATIO" \
-    --device-batch-size "$ROWS" --save-every 1000
+    --save-every 1000
 core "$tag"
 launch sweep_table --tags "$tag" --goal "$GOAL"
