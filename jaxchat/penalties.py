@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxchat.devices import on_host
 from jaxchat.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 UNUSED = np.iinfo(np.int32).max
@@ -51,12 +52,12 @@ def row_penalties(rows: Sequence[SamplingParams | None]) -> Penalties:
                 *row.logit_bias, strict=True
             )
     return Penalties(
-        jnp.asarray(any(row.adjusts for row in filled)),
-        jnp.array([row.presence_penalty for row in filled], jnp.float32),
-        jnp.array([row.frequency_penalty for row in filled], jnp.float32),
-        jnp.array([row.repetition_penalty for row in filled], jnp.float32),
-        jnp.asarray(bias_ids),
-        jnp.asarray(biases),
+        on_host(any(row.adjusts for row in filled), bool),
+        on_host([row.presence_penalty for row in filled], jnp.float32),
+        on_host([row.frequency_penalty for row in filled], jnp.float32),
+        on_host([row.repetition_penalty for row in filled], jnp.float32),
+        on_host(bias_ids, jnp.int32),
+        on_host(biases, jnp.float32),
     )
 
 

@@ -207,6 +207,27 @@ def test_one_stop_in_eight_rows_ends_a_dispatch():
     assert last < N
 
 
+@pytest.fixture
+def two_steps_per_look(monkeypatch):
+    """As on a GPU; programs that were made before or are made now serve no other test."""
+    monkeypatch.setattr(decoding, "STEPS_PER_LOOK", {"cpu": 4})  # of which 2 divide N
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_rows_go_on_until_the_next_look_and_those_that_have_stopped_do_not(two_steps_per_look):
+    requests = [(TEXT[:20].tolist(), SAMPLED, key) for key in range(ROWS)]
+    free = decode(requests).tokens
+    stop = frozenset({int(free[1, 2])})
+    result = decode(requests, budgets=[5, N, 1], stop_ids=stop)
+    assert result.counts.tolist() == [4, 3, 1]
+    for row, count in enumerate(result.counts):
+        np.testing.assert_array_equal(result.tokens[row, :count], free[row, :count])
+    lengths = np.array([len(ids) - 1 for ids, _, _ in requests])
+    np.testing.assert_array_equal(result.cache.lengths, lengths + result.counts)
+
+
 def test_idle_rows_keep_every_bit_even_a_full_one():
     decoder, params, _, _ = setup()
     cache, _ = decoder.prefill(params, new_cache(), 0, TEXT, 0)
