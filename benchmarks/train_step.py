@@ -53,7 +53,7 @@ class Config:
     rounds: int = 5
     """Turns that every side takes."""
     steps: int = 3
-    """Steps of a turn."""
+    """Steps of a turn; on a GPU they follow each other and their mean counts."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.steps < 1:
