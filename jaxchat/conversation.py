@@ -40,27 +40,22 @@ def render(
     Raises ValueError, naming the message, for what `check_conversation` refuses.
     """
     check_conversation(conversation)
-    rendered = _Rendered(tokenizer)
-    rendered.special("bos", learn=False)
-    for message in _merge_system(conversation["messages"]):
-        if message["role"] == "user":
-            rendered.span("user", message["content"], learn=False)
-        else:
-            rendered.assistant(message["content"])
+    rendered = _rendered(tokenizer, conversation["messages"])
     return rendered.ids[:max_tokens], rendered.mask[:max_tokens]
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """The prompt after which the model writes the next assistant message.
 
-    A trailing assistant message is dropped (what an evaluation asks the model to reproduce).
+    A trailing assistant message is dropped (what an evaluation asks the model to reproduce). One
+    before it may be empty: a model that ended its turn at once reads that again.
     Raises ValueError as `render` does, and when there is no user message left to answer.
     """
-    check_conversation(conversation)
+    check_conversation(conversation, empty_replies=True)
     messages = list(conversation["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()
-    ids, _ = render(tokenizer, {"messages": messages})
+    ids = _rendered(tokenizer, messages).ids
     return [*ids, tokenizer.special_id("assistant_start")]
 
 
@@ -69,13 +64,14 @@ def crop_prompt(ids: Sequence[int], most: int) -> list[int]:
     return list(ids) if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]]
 
 
-def check_conversation(conversation: Conversation) -> None:
+def check_conversation(conversation: Conversation, *, empty_replies: bool = False) -> None:
     """Raise ValueError, naming the message (counted from 0) and what is wrong with it.
 
     Wrong are: anything that is not the format of this module's docstring, roles out of turn, a
     system message that is not the first or has no user message after it, empty content (only a
     tool may have no output), and tool output without the call before it. A conversation may end
-    with a user message: then its last turn is merely not supervised.
+    with a user message: then its last turn is merely not supervised. With `empty_replies` an
+    assistant message that another follows may be without text.
     """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not _is_list(messages) or not messages:
@@ -89,7 +85,9 @@ def check_conversation(conversation: Conversation) -> None:
                 f'message {index}: must be {{"role", "content"}}, is {type(message).__name__}'
             )
         _check_role(index, message.get("role"), starts_with_system)
-        _check_content(index, message["role"], message.get("content"))
+        is_past_reply = message["role"] == "assistant" and index < len(messages) - 1
+        may_be_empty = empty_replies and is_past_reply
+        _check_content(index, message["role"], message.get("content"), may_be_empty)
 
 
 def visualize(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:
@@ -147,6 +145,18 @@ class _Rendered:
         self.mask.extend([int(learn)] * len(ids))
 
 
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> _Rendered:
+    """Checked messages."""
+    rendered = _Rendered(tokenizer)
+    rendered.special("bos", learn=False)
+    for message in _merge_system(messages):
+        if message["role"] == "user":
+            rendered.span("user", message["content"], learn=False)
+        else:
+            rendered.assistant(message["content"])
+    return rendered
+
+
 def _merge_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if messages[0]["role"] != "system":
         return list(messages)
@@ -171,9 +181,9 @@ def _check_role(index: int, role: object, starts_with_system: bool) -> None:
         )
 
 
-def _check_content(index: int, role: str, content: object) -> None:
+def _check_content(index: int, role: str, content: object, may_be_empty: bool) -> None:
     if isinstance(content, str):
-        if not content.strip():
+        if not content.strip() and not may_be_empty:
             raise ValueError(f"message {index} ({role}): content is empty")
         return
     if role != "assistant":
@@ -187,10 +197,11 @@ def _check_content(index: int, role: str, content: object) -> None:
         )
     before = None
     for number, part in enumerate(content):
-        before = _check_part(f"message {index} (assistant), part {number}", part, before)
+        where = f"message {index} (assistant), part {number}"
+        before = _check_part(where, part, before, may_be_empty)
 
 
-def _check_part(where: str, part: object, before: str | None) -> str:
+def _check_part(where: str, part: object, before: str | None, may_be_empty: bool) -> str:
     """The part's type, once it is known to be fine after a part of type `before`."""
     if not isinstance(part, Mapping):
         raise ValueError(f'{where}: must be {{"type", "text"}}, is {type(part).__name__}')
@@ -199,7 +210,7 @@ def _check_part(where: str, part: object, before: str | None) -> str:
         raise ValueError(f"{where}: unknown type {kind!r}, must be one of {', '.join(PART_TYPES)}")
     if not isinstance(text, str):
         raise ValueError(f"{where} ({kind}): text must be a string, is {type(text).__name__}")
-    if not text and kind != "python_output":
+    if not text and kind != "python_output" and not (kind == "text" and may_be_empty):
         raise ValueError(f"{where} ({kind}): text is empty")
     if kind == "python_output" and before != "python":
         raise ValueError(f"{where}: python_output must follow a python part, follows {before!r}")

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat.sampling import BLOCK, MIN_TEMPERATURE
+from jaxchat.devices import on_host
+from jaxchat.sampling import BLOCK, MIN_TEMPERATURE, MIN_TOP_P
 from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 BITS_OF_ONE = 30
@@ -35,10 +36,13 @@ def row_params(rows: Sequence[SamplingParams | None]) -> RowParams:
     idle = SamplingParams(temperature=0.0)
     filled = [row or idle for row in rows]
     return RowParams(
-        jnp.array([row.temperature for row in filled], jnp.float32),
-        jnp.array([row.top_k or 0 for row in filled], jnp.int32),
-        jnp.array([row.top_p for row in filled], jnp.float32),
-        jnp.array([row.min_p for row in filled], jnp.float32),
+        on_host(
+            [row.temperature and max(row.temperature, MIN_TEMPERATURE) for row in filled],
+            jnp.float32,
+        ),
+        on_host([row.top_k or 0 for row in filled], jnp.int32),
+        on_host([max(row.top_p, MIN_TOP_P) for row in filled], jnp.float32),
+        on_host([row.min_p for row in filled], jnp.float32),
     )
 
 
@@ -89,7 +93,7 @@ def filtered_weights(logits: Float[Array, "S V"], params: RowParams) -> Float[Ar
     """Unnormalised probabilities of the tokens that survive the filters, else 0."""
     temperature = jnp.where(params.temperature > 0, params.temperature, jnp.float32(1))
     below_best = logits - logits.max(axis=-1, keepdims=True)
-    weights = jnp.exp(below_best / jnp.maximum(temperature, MIN_TEMPERATURE)[:, None])
+    weights = jnp.exp(below_best / temperature[:, None])
     vocab = logits.shape[-1]
     with_k = (params.top_k > 0) & (params.top_k < vocab) & (params.temperature > 0)
     wanted = jnp.where(with_k, params.top_k, 0).astype(jnp.float32)

@@ -26,6 +26,9 @@ BLOCK = 128
 MIN_TEMPERATURE = 1e-30
 """Lower ones count as this: division by a denormal float32 is undefined on some devices."""
 
+MIN_TOP_P = 1e-30
+"""Lower ones count as this, for the same reason; both keep the best token alone."""
+
 
 class History(NamedTuple):
     """The text so far, which penalties look at."""
@@ -109,10 +112,11 @@ def filtered_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     weights = np.exp(below_best / np.float32(max(params.temperature, MIN_TEMPERATURE)))
     if params.top_k and params.top_k < len(weights):
         weights = np.where(weights >= np.sort(weights)[-params.top_k], weights, np.float32(0))
-    if params.top_p < 1:
+    top_p = np.float32(max(params.top_p, MIN_TOP_P))
+    if top_p < 1:
         ordered = np.sort(weights)[::-1]
         mass = np.cumsum(ordered, dtype=np.float32)
-        last = int(np.argmax(mass >= np.float32(params.top_p) * mass[-1]))
+        last = int(np.argmax(mass >= top_p * mass[-1]))
         weights = np.where(weights >= ordered[last], weights, np.float32(0))
     return np.where(weights >= np.float32(params.min_p), weights, np.float32(0))
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 MAX_TOP_LOGPROBS = 20
 """Most alternatives reported beside a token, as in OpenAI's API."""
 
+MAX_TOP_K = 2**31 - 1
+"""Devices count in int32."""
+
 MAX_LOGIT_BIAS = 300
 """Most tokens whose logits one request may bias, as in OpenAI's API."""
 
@@ -58,7 +61,7 @@ class SamplingParams:
         checks = {
             "max_tokens": self.max_tokens >= 1,
             "temperature": self.temperature >= 0 and math.isfinite(self.temperature),
-            "top_k": self.top_k is None or self.top_k >= 0,
+            "top_k": self.top_k is None or 0 <= self.top_k <= MAX_TOP_K,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
             "seed": 0 <= self.seed < 2**63,

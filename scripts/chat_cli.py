@@ -10,9 +10,8 @@ engine continues from what its cache holds.
 
 import contextlib
 import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 from jaxchat import cli
@@ -86,31 +85,68 @@ def main(config: Config) -> None:
         config.sampling(),
         chat=config.source != "base",
     )
-    if config.prompt is not None:
-        session.say(config.prompt)
-        return
-    print(f"{config.source} model, step {model.meta['step']}. /help lists commands.", flush=True)
-    converse(session)
+    with session.ctrl_c:
+        if config.prompt is not None:
+            session.say(config.prompt)
+            return
+        step = model.meta["step"]
+        print(f"{config.source} model, step {step}. /help lists commands.", flush=True)
+        converse(session)
 
 
 def converse(session: "Session") -> None:
     """Read lines and answer them until the input ends."""
     while True:
         try:
-            line = input("\n> ").strip()
+            line = session.ctrl_c.read("\n> ")
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)", end="")
-            continue
         try:
-            if line.startswith("/"):
+            if line is None:
+                print("\n(Ctrl-D leaves)", end="")
+            elif line.startswith("/"):
                 print(session.command(line))
             elif line:
                 session.say(line)
         except ValueError as error:
             print(f"error: {error}")
+
+
+class CtrlC:
+    """What Ctrl-C does in a conversation: it ends the reading of a line, or else it is noted.
+
+    So it never raises in the middle of a step of the engine, nor where another was just handled.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+        """Since the last line was asked for."""
+        self._reading = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._press)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def read(self, prompt: str) -> str | None:
+        """A line, or None where Ctrl-C ended it."""
+        self.pressed = False
+        try:
+            try:  # two: an interrupt may come as late as in `finally`
+                self._reading = True
+                return input(prompt).strip()
+            finally:
+                self._reading = False
+        except KeyboardInterrupt:
+            return None
+
+    def _press(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._reading:
+            self._reading = False
+            raise KeyboardInterrupt
+        self.pressed = True
 
 
 class Session:
@@ -119,6 +155,7 @@ class Session:
     def __init__(self, engine: Engine, params: SamplingParams, *, chat: bool) -> None:
         self.engine, self.params, self.chat = engine, params, chat
         self.messages: list[dict[str, Any]] = []
+        self.ctrl_c = CtrlC()
 
     def say(self, text: str) -> None:
         """Print the reply to `text` as it comes and remember both."""
@@ -164,17 +201,16 @@ class Session:
         """Print a reply as it comes; Ctrl-C ends it between two dispatches."""
         reply, part = Completion(0, 0), "text"
         stream = self.engine.generate(Request(ids, self.params, tools=self.chat))
-        with ctrl_c() as pressed:
-            for event in stream:
-                if event.text and event.part != part:
-                    print(LEAD[event.part], end="")
-                    part = event.part
-                print(event.text, end="", flush=True)
-                reply.add(event)
-                if pressed.is_set():
-                    print(" (stopped)", end="")
-                    break
-            stream.close()
+        for event in stream:
+            if event.text and event.part != part:
+                print(LEAD[event.part], end="")
+                part = event.part
+            print(event.text, end="", flush=True)
+            reply.add(event)
+            if self.ctrl_c.pressed:
+                print(" (stopped)", end="")
+                break
+        stream.close()
         print(flush=True)
         return reply
 
@@ -190,17 +226,6 @@ def remember(messages: list[dict[str, Any]], reply: Completion) -> list[dict[str
             check_conversation({"messages": whole})
             return whole
     return messages[:-1]
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of an exception in the middle of a step of the engine."""
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _number(kind: type, name: str, value: str) -> Any:

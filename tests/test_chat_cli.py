@@ -1,7 +1,13 @@
 """The terminal chat: what is printed, what is remembered, what Ctrl-C and mistakes do."""
 
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -82,24 +88,83 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_conversation(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     typed(monkeypatch, "talk", KeyboardInterrupt(), "/clear")
     chat = session([65] * 90, on_token=press_once)
-    chat.say("talk")
+    with chat.ctrl_c:
+        chat.say("talk")
     assert "(stopped)" in capsys.readouterr().out
     (part,) = chat.messages[-1]["content"]
     assert 0 < len(part["text"]) < 90
     assert not chat.engine.busy
+    with chat.ctrl_c:
+        chat_cli.converse(chat)
     assert signal.getsignal(signal.SIGINT) is before
-    chat_cli.converse(chat)
     assert chat.messages == []
     assert "Ctrl-D leaves" in capsys.readouterr().out
 
 
+IN_A_TERMINAL = """
+import fcntl, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from scripts import chat_cli
+from tests.test_chat_cli import session
+
+chat = session([65] * 90, on_token=lambda held: time.sleep(0.03))
+with chat.ctrl_c:
+    chat_cli.converse(chat)
+print(len(chat.messages), "messages")
+"""
+
+
+def test_no_burst_of_ctrl_c_ends_the_conversation():
+    """A second one could hit the handling of the first, or the moment between reply and prompt."""
+    terminal, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        read_until(terminal, "> ")
+        for _ in range(3):
+            os.write(terminal, b"talk\n")
+            read_until(terminal, "A")
+            for _ in range(400):  # the last ones come after the reply
+                os.write(terminal, b"\x03")
+                time.sleep(0.002)
+            read_until(terminal, None)
+        os.write(terminal, b"\x04")
+        assert "6 messages" in read_until(terminal, "messages")
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
+
+
+def read_until(terminal, text):
+    """What the terminal shows up to this text; None waits for silence."""
+    shown = ""
+    while text is None or text not in shown:
+        if not select.select([terminal], [], [], 0.5 if text is None else 60)[0]:
+            assert text is None, shown
+            break
+        try:
+            shown += os.read(terminal, 65536).decode()
+        except OSError:  # its program has ended
+            raise AssertionError(shown) from None
+    return shown
+
+
 def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, capsys):
-    typed(monkeypatch, "/temperature 1.5", "/topk 7", "/topk many", "/temperature -1", "/nothing")
+    mistakes = "/topk many", "/topk 99999999999", "/temperature -1", "/nothing"
+    typed(monkeypatch, "/temperature 1.5", "/topk 7", *mistakes)
     chat = session(script("ok"))
     chat_cli.converse(chat)
     assert (chat.params.temperature, chat.params.top_k) == (1.5, 7)
     out = capsys.readouterr().out
     assert "error: /topk wants a number, as in /topk 1; got 'many'" in out
+    assert "out of range: top_k=99999999999" in out
     assert "temperature=-1.0" in out
     assert "There is no /nothing." in out
 

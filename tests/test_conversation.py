@@ -131,6 +131,22 @@ def test_the_prompt_is_the_rendering_up_to_the_answer(shape):
     assert start not in ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("reply", ["", "\n", [part("text", "")]])
+def test_a_prompt_may_hold_an_empty_reply_and_training_data_may_not(reply):
+    """A stop string can end a reply before its first word, and clients send back what they got."""
+    conversation = messages(("user", "hi"), ("assistant", reply), ("user", "?"))
+    written = "\n" if reply == "\n" else ""
+    expected, _ = golden(*turn("hi"), START, (written, 1), END, *turn("?")[1:], START)
+    assert render_for_completion(TOKENIZER, conversation) == expected
+    for strict in (check_conversation, lambda c: render(TOKENIZER, c)):
+        with pytest.raises(ValueError, match=r"message 1 \(assistant\).* is empty"):
+            strict(conversation)
+    with pytest.raises(ValueError, match=r"message 2 \(user\): content is empty"):
+        render_for_completion(
+            TOKENIZER, messages(("user", "hi"), ("assistant", reply), ("user", ""))
+        )
+
+
 SPECIAL_TEXT = "".join(f"<|{name}|>" for name in SPECIAL_NAMES)
 
 

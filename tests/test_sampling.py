@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat import device_sampling, sampling
-from jaxchat.sampling_params import SamplingParams
+from jaxchat.sampling_params import MAX_TOP_K, SamplingParams
+from torch_ref import device_sampling as torch_sampling
 
 VOCAB = 300
 ROWS = 8
@@ -126,6 +128,47 @@ def test_extreme_temperatures_stay_finite(temperature):
     if temperature < 1:
         np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
     assert np.isfinite(weights_on_device(logits, params)).all()
+
+
+LEAST = 5e-324
+"""The smallest positive Python float; a float32 reads it as 0."""
+
+EXTREMES = [
+    *(SamplingParams(temperature=x) for x in (LEAST, 1e-40, 1e-38, 1e-30, 1e38)),
+    *(SamplingParams(top_p=x) for x in (LEAST, 1e-40, 1e-38, 1e-30, 1 - 2**-53)),
+    *(SamplingParams(min_p=x) for x in (LEAST, 1e-40)),
+    SamplingParams(temperature=LEAST, top_k=MAX_TOP_K, top_p=LEAST, min_p=LEAST),
+]
+
+
+def in_torch(logits, params, uniforms):
+    """Tokens and weights, as PyTorch has them."""
+    rows, on_cpu = torch_sampling.row_params(params, torch.device("cpu")), torch.tensor(logits)
+    tokens = torch_sampling.sample(on_cpu, rows, torch.tensor(uniforms))
+    return tokens.numpy(), torch_sampling.filtered_weights(on_cpu, rows).numpy()
+
+
+@pytest.mark.parametrize("name", ["jax", "torch"])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+def test_extreme_parameters_keep_and_draw_what_the_definition_does(name, uniform):
+    logits = random_logits(6, rows=len(EXTREMES))
+    logits[:, [40, 200]] = 20  # of two best tokens no filter may drop one
+    uniforms = np.full(len(EXTREMES), uniform, np.float32)
+    if name == "jax":
+        tokens, _ = on_device(logits, EXTREMES, uniforms)
+        weights = weights_on_device(logits, EXTREMES)
+    else:
+        tokens, weights = in_torch(logits, EXTREMES, uniforms)
+    for row, one in enumerate(EXTREMES):
+        expected = sampling.filtered_weights(logits[row], one)
+        np.testing.assert_allclose(weights[row], expected, rtol=2e-5, err_msg=str(one))
+        assert tokens[row] == sampling.sample(logits[row], one, uniforms[row]), one
+
+
+def test_top_k_ends_where_a_device_counts_no_further():
+    assert device_sampling.row_params([SamplingParams(top_k=2**31 - 1)]).top_k == 2**31 - 1
+    with pytest.raises(ValueError, match=f"top_k={2**31}"):
+        SamplingParams(top_k=2**31)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(0, 10**6))

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jaxchat.sampling import BLOCK
+from jaxchat.sampling import BLOCK, MIN_TEMPERATURE, MIN_TOP_P
 from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
 
@@ -42,9 +42,9 @@ def row_params(rows: Sequence[SamplingParams | None], device: torch.device) -> R
 
     return RowParams(
         sampled=torch.tensor([row.temperature > 0 for row in filled], device=device),
-        temperature=column([row.temperature or 1.0 for row in filled]),
+        temperature=column([max(row.temperature or 1.0, MIN_TEMPERATURE) for row in filled]),
         top_k=torch.tensor([row.top_k or 0 for row in filled], device=device)[:, None],
-        top_p=column([row.top_p for row in filled]),
+        top_p=column([max(row.top_p, MIN_TOP_P) for row in filled]),
         min_p=column([row.min_p for row in filled]),
         any_sampled=any(row.temperature > 0 for row in filled),
         most_top_k=max(row.top_k or 0 for row in filled),
@@ -82,8 +82,8 @@ def alternatives(
 
 def filtered_weights(logits: Float[Tensor, "S V"], params: RowParams) -> Float[Tensor, "S V"]:
     """Unnormalised probabilities of the tokens that survive the filters, else 0."""
-    scaled = logits / params.temperature
-    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
+    below_best = logits - logits.amax(dim=-1, keepdim=True)
+    weights = (below_best / params.temperature).exp()
     most = min(params.most_top_k, weights.shape[1])
     if most:
         best = weights.topk(most, dim=-1).values
