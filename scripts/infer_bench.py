@@ -35,7 +35,14 @@ from jaxchat.sampling_params import SamplingParams
 from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PROBE_BYTES = 1 << 28
-"""Memory that the bandwidth is measured on: far beyond any cache."""
+"""Memory that a CPU's bandwidth is measured on: far beyond any cache."""
+
+GPU_PROBE_BYTES = 1 << 33
+"""An H200 seems to read 256 MB at 1.6 TB/s, 1 GB at 3.1, 4 GB at 3.5 and 8 GB at 4.1: beside less
+than that, a launch and the host's wait are long."""
+
+SMALLEST_VOCAB = 256 + len(SPECIAL_NAMES)
+"""Every byte and every special token."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,26 @@ class Config:
                 f"{self.prompt_tokens}, new_tokens={self.new_tokens} and rounds={self.rounds} "
                 "must be at least 1"
             )
+        if self.new_tokens < 2:
+            raise ValueError(
+                f"new_tokens={self.new_tokens} leaves no time between two tokens to measure: "
+                "take 2 or more"
+            )
+        if self.depth is not None:
+            self.check_room(self.sequence_len)
+            if self.vocab_size < SMALLEST_VOCAB:
+                raise ValueError(
+                    f"vocab_size={self.vocab_size} has no room for the 256 bytes and "
+                    f"{len(SPECIAL_NAMES)} special tokens: take {SMALLEST_VOCAB} or more"
+                )
+
+    def check_room(self, context: int) -> None:
+        """ValueError where a reply would end before its last token."""
+        if self.prompt_tokens + self.new_tokens > context:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} and new_tokens={self.new_tokens} do not fit "
+                f"in a context of {context}: take fewer, or with --depth a longer --sequence-len"
+            )
 
 
 Models: TypeAlias = dict[str, tuple[Backend, Tokenizer]]
@@ -127,6 +154,7 @@ def load(config: Config, name: str) -> tuple[Backend, Tokenizer]:
     """A checkpoint on one device, or fresh weights."""
     if config.depth is None:
         model = load_model(config.source, backend=name, model_tag=config.model_tag, device=0)
+        config.check_room(model.backend.config.sequence_len)
         return model.backend, model.tokenizer
     shape = GPTConfig.from_depth(
         config.depth,
@@ -143,7 +171,7 @@ def bare_tokenizer(vocab_size: int) -> Tokenizer:
     """A tokenizer of this size for a model that has none: its tokens mean nothing."""
     pairs = (bytes([a, b]) for a in range(256) for b in range(256))
     tokens = [bytes([a]) for a in range(256)]
-    tokens += itertools.islice(pairs, vocab_size - 256 - len(SPECIAL_NAMES))
+    tokens += itertools.islice(pairs, vocab_size - SMALLEST_VOCAB)
     return Tokenizer(tokens)
 
 
@@ -187,12 +215,11 @@ def sweep(
 
 
 def make_engine(config: Config, backend: Backend, tokenizer: Tokenizer, slots: int) -> Engine:
-    most = min(backend.config.sequence_len, config.prompt_tokens + config.new_tokens)
     return Engine(
         backend,
         tokenizer,
         slots=slots,
-        max_length=most,
+        max_length=config.prompt_tokens + config.new_tokens,
         tokens_per_dispatch=config.tokens_per_dispatch,
     )
 
@@ -277,30 +304,44 @@ def _itemsize(backend: Backend) -> int:
 def measured_bandwidth(name: str) -> float:
     """Bytes a second that a backend's device reads when it sums a large array.
 
-    The best of several: other work can only slow it down.
+    The best of several: other work can only slow it down. What is timed holds a launch and the
+    host's wait for the sum too, so that a GPU needs a larger array than a CPU.
     """
-    count = PROBE_BYTES // 4
     if name == "jax":
         import jax
         import jax.numpy as jnp
 
-        array = jnp.ones(count, jnp.float32)
-        total = jax.jit(jnp.sum)
-        probe: Callable[[], Any] = lambda: total(array).block_until_ready()  # noqa: E731
-    else:
-        import torch
+        stats = jax.local_devices()[0].memory_stats()  # None on a CPU
+        size = probe_bytes(stats and stats["bytes_limit"] - stats["bytes_in_use"])
+        total, array = jax.jit(jnp.sum), jnp.ones(size // 4, jnp.float32)
+        return size / best_seconds(lambda x: total(x).block_until_ready(), array)
+    import torch
 
-        from torch_ref.runtime import pick_device
+    from torch_ref.runtime import pick_device
 
-        tensor = torch.ones(count, device=pick_device(0))
-        probe = lambda: tensor.sum().item()  # noqa: E731
-    probe()
-    return PROBE_BYTES / min(seconds(probe) for _ in range(10))
+    device = pick_device(0)
+    size = probe_bytes(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None)
+    best_s = best_seconds(lambda x: x.sum().item(), torch.ones(size // 4, device=device))
+    torch.cuda.empty_cache()  # JAX may need what PyTorch would keep
+    return size / best_s
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def probe_bytes(free_bytes: int | None) -> int:
+    """Size of the array to read on a GPU with so much free memory; None is a CPU."""
+    if free_bytes is None:
+        return PROBE_BYTES
+    return min(GPU_PROBE_BYTES, free_bytes // 4) // 4 * 4
+
+
+def best_seconds(work: Callable[[Any], Any], array: Any) -> float:
+    """Of ten, after one that warms up."""
+    work(array)
+    return min(seconds(work, array) for _ in range(10))
+
+
+def seconds(work: Callable[[Any], Any], array: Any) -> float:
     start = time.perf_counter()
-    work()
+    work(array)
     return time.perf_counter() - start
 
 

@@ -1,6 +1,7 @@
 """The benchmark: what it counts, and that one run ends in one JSON document."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,46 @@ def test_memory_is_what_the_arrays_take():
 def test_values_out_of_range_are_named():
     with pytest.raises(ValueError, match="rounds=0"):
         infer_bench.Config(rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"new_tokens": 1}, "new_tokens=1 .*take 2 or more"),
+        ({"prompt_tokens": 60, "new_tokens": 5}, "prompt_tokens=60 and new_tokens=5 .*of 64"),
+        ({"vocab_size": 264}, "vocab_size=264 .*take 265 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_numbers(wrong, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        infer_bench.Config(**{**TINY, **wrong})
+
+
+def test_a_checkpoint_has_the_context_that_it_was_trained_with(monkeypatch):
+    tiny = SimpleNamespace(backend=backend(), tokenizer=None)
+    monkeypatch.setattr(infer_bench, "load_model", lambda *_, **__: tiny)
+    context = tiny.backend.config.sequence_len
+    infer_bench.load(infer_bench.Config(prompt_tokens=2, new_tokens=context - 2), "jax")
+    with pytest.raises(ValueError, match=f"in a context of {context}"):
+        infer_bench.load(infer_bench.Config(prompt_tokens=2, new_tokens=context - 1), "jax")
+
+
+def test_the_smallest_numbers_are_measured():
+    config = infer_bench.Config(
+        **{**TINY, "vocab_size": 265, "prompt_tokens": 62, "new_tokens": 2, "batch_sizes": (1,)},
+        backends=("torch",),
+    )
+    models = {"torch": infer_bench.load(config, "torch")}
+    [row] = infer_bench.sweep(config, models, 1, 1e9)
+    assert row["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "size"),
+    [(None, 2**28), (140 * 2**30, 2**33), (16 * 2**30, 2**32), (2**20 + 7, 2**18)],
+)
+def test_bandwidth_is_measured_on_8_gib_or_a_quarter_of_what_a_gpu_has_free(free_bytes, size):
+    assert infer_bench.probe_bytes(free_bytes) == size
 
 
 @pytest.mark.slow
