@@ -1,6 +1,6 @@
 # The few commands of everyday work. Each sets up what it needs.
 
-.PHONY: setup fmt check test clients slow smoke bench
+.PHONY: setup fmt check test processes clients slow smoke bench
 
 setup:
 	bash -c 'set -e; . scripts/setup.sh'
@@ -25,6 +25,17 @@ check: setup
 test: setup
 	uv run --no-sync pytest tests -m "not slow" -rs
 	cargo test -p rustbpe
+
+# The slow tests of what no fast one starts: runs of several processes, a server's end, a benchmark.
+processes: setup
+	uv run --no-sync pytest -rs --durations=0 \
+		"tests/test_many_processes.py::test_processes_train_as_one[2-2-auto]" \
+		"tests/test_many_processes.py::test_a_lost_process_ends_the_run_and_any_number_continues_it[2-1-1]" \
+		"tests/test_many_processes.py::test_an_error_on_one_process_asks_nobody_to_try_again[2-1]" \
+		tests/test_many_processes.py::test_sigterm_to_one_process_stops_all_at_the_same_step \
+		tests/test_launchers.py::test_a_slurm_job_trains_on_two_processes_and_goes_back_into_the_queue \
+		tests/test_chat_web.py::test_sigterm_drains_and_exits_with_0 \
+		tests/test_infer_bench.py::test_the_last_line_is_one_document_about_both_backends
 
 # lm-eval against our server.
 clients:
