@@ -1,6 +1,7 @@
 """The whole step: against JAX's plain gradient, over micro-batches, and over devices."""
 
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -55,6 +56,25 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(preset, weighted):
         relative = 1e-4 if params[name].size == 1 else 1e-5
         scale = float(jnp.abs(expected[name]).max())
         np.testing.assert_allclose(grads[name], expected[name], atol=relative * scale, err_msg=name)
+
+
+def test_a_compiled_step_holds_no_logits_of_all_tokens():
+    """Nothing in it has B x T x V elements: the largest arrays are the embedding tables."""
+    config = replace(PRESETS["modern"], n_layer=2, vocab_size=8192)
+    graphdef, params = split(make_perturbed(config))
+    rules = OptimizerConfig()
+    transform = optim.make_optimizer(
+        config, rules, plan_training(config, rules, num_iterations=9, total_batch_size=2048)
+    )
+    state = TrainState(params, jax.jit(transform.init)(params))
+    ids = jax.ShapeDtypeStruct((1, 8, 256), jnp.int32)
+    step = make_train_step(graphdef, transform, mesh_of(1))
+    text = step.lower(state, (ids, ids, None), StepSchedule(1.0, 0.9, 0.0)).compile().as_text()
+    sizes = {
+        math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)
+    }
+    assert 8192 * 64 in sizes  # tables are seen
+    assert max(sizes) < 8 * 256 * 8192 / 4
 
 
 def losses_on(mesh, micro_batches=1, steps=6):
