@@ -20,6 +20,7 @@ from jaxchat.backend import Backend, PromptScores
 from jaxchat.dispatch import alternatives, make_batch
 from jaxchat.reply import Reply
 from jaxchat.request import Alternatives, Completion, Event, Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.slots import Prompt, Sample, Slot, common_prefix
 from jaxchat.tokenizer import Tokenizer
 
@@ -57,6 +58,8 @@ class Engine:
         self._cache = backend.new_cache(slots, self.max_length)
         self._slots = [Slot(index) for index in range(slots)]
         self._waiting: deque[Sample] = deque()
+        self._at_work: Sequence[Slot] = ()
+        """The slots that a step works for just now: one that it reads, or all."""
         self._events: list[Event] = []
         self._count = 0
         self.prompt_tokens, self.reused_tokens = 0, 0
@@ -80,12 +83,15 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request wherever it stands; nothing happens when it has ended already."""
+        self._end(number, "cancelled")
+
+    def _end(self, number: int, reason: str) -> None:
         for sample in [sample for sample in self._waiting if sample.number == number]:
             self._waiting.remove(sample)
-            self._finish(sample, "cancelled")
+            self._finish(sample, reason)
         for slot in self._slots:
             if slot.sample is not None and slot.sample.number == number:
-                self._finish(slot.sample, "cancelled")
+                self._finish(slot.sample, reason)
                 slot.sample = None
 
     @property
@@ -99,10 +105,13 @@ class Engine:
         First tokens are returned before anything is decoded: nobody waits for a dispatch to see
         the beginning of a reply.
         """
+        self._at_work = self._slots
         self._admit()
         for slot in self._slots:
             if slot.sample is not None and (len(slot.pending) > 1 or not slot.started):
+                self._at_work = (slot,)
                 self._prefill(slot)
+        self._at_work = self._slots
         if not self._events:
             self._decode()
         events, self._events = self._events, []
@@ -116,20 +125,34 @@ class Engine:
         self._forget_rows()
 
     def reset(self) -> list[Event]:
-        """Start over after the backend has failed in a step: returns the ends of what it took down.
+        """Start over after a step has failed: returns the ends of what it took down.
 
-        A failed step may have left nothing of the cache. Requests in slots end with the reason
-        `error`; those that wait have lost nothing and still wait.
+        A failure while one slot was read is its request's, which ends with the reason `error`. The
+        others go on, their rows read anew: a failed step may have left nothing of the cache. A
+        failure while all were decoded ends all of them. What waits still waits.
         """
+        samples = [slot.sample for slot in self._at_work if slot.sample is not None]
+        for number in dict.fromkeys(sample.number for sample in samples):
+            self._end(number, "error")
+        self._at_work = ()
         for slot in self._slots:
-            if slot.sample is not None:
-                self._finish(slot.sample, "error")
-                slot.sample = None
-        self._forget_rows()
+            slot.pending = [] if slot.sample is None else slot.held + slot.pending
+            slot.held = []
         self._cache = None  # before its successor: there may be no room for both
         self._cache = self.backend.new_cache(len(self._slots), self.max_length)
         events, self._events = self._events, []
         return events
+
+    def probe(self) -> None:
+        """Read and write on a cache that is fresh from `reset`; raises what the backend raises."""
+        slots, waiting = self._slots, self._waiting
+        self._slots, self._waiting = [Slot(slot.index) for slot in slots], deque()
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        try:
+            self.complete([Request([self.tokenizer.bos_id], params, tools=False)])
+        finally:
+            self._slots, self._waiting, self._at_work = slots, waiting, ()
+            self._events.clear()
 
     def score_prompt(self, ids: Sequence[int]) -> PromptScores:
         """Log-probabilities of every token of a text and their alternatives."""

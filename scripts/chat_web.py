@@ -69,8 +69,15 @@ class Config:
     """Framework that runs the model."""
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or not 0 <= self.port < 65536:
-            raise ValueError(f"replicas={self.replicas} and port={self.port} are out of range")
+        bad = [
+            f"{name}={getattr(self, name)}"
+            for name in ("replicas", "slots")
+            if getattr(self, name) < 1
+        ]
+        bad += [f"grace_s={self.grace_s}"] * (self.grace_s < 0)
+        bad += [f"port={self.port}"] * (not 0 <= self.port < 65536)
+        if bad:
+            raise ValueError(f"out of range: {', '.join(bad)}")
         if self.source == "all" and self.step is not None:
             raise ValueError(f"step={self.step} belongs to one stage: name it instead of all")
 

@@ -1,14 +1,10 @@
 """The command: what its options mean, and that it stops in order."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -16,11 +12,8 @@ import pytest
 from jaxchat.checkpoint import CheckpointStore, stage_directory
 from jaxchat.server.settings import LOOPBACK, ServerSettings
 from scripts import chat_web
-from tests.servers import backend, running, tokenizer
+from tests.servers import Process, backend, running, tokenizer, torch_backend
 from tests.test_server import GREEDY, HELLO, LONG, chat, error_of, wait_for
-from torch_ref.torch_backend import TorchBackend
-
-ROOT = Path(__file__).parents[1]
 
 
 def settings(**options):
@@ -52,8 +45,10 @@ def test_keys_come_from_a_file_and_the_environment_and_are_not_shown(tmp_path, m
 def test_values_out_of_range_are_named():
     with pytest.raises(ValueError, match="replicas=0"):
         chat_web.Config(replicas=0)
-    with pytest.raises(ValueError, match="timeout_s=0"):
-        settings(timeout_s=0)
+    with pytest.raises(ValueError, match="slots=0, grace_s=-5"):
+        chat_web.Config(slots=0, grace_s=-5)
+    with pytest.raises(ValueError, match=r"timeout_s=0, top_k=-5, temperature=-1 \(0 to 2\)"):
+        settings(timeout_s=0, top_k=-5, temperature=-1)
     with pytest.raises(ValueError, match="an API key is empty"):
         ServerSettings("m", api_keys=("",))
 
@@ -90,58 +85,56 @@ def test_replies_under_way_end_when_the_server_is_told_to_stop():
 
 def save_checkpoint(base_dir, framework):
     """A finetuned model in a base directory of its own."""
-    model = backend()
-    if framework == "torch":
-        model = TorchBackend(model.config)
-        model.set_params(backend().get_params())
+    model = backend() if framework == "jax" else torch_backend()
     store = CheckpointStore(stage_directory("sft", "d2"))
     store.save(1, model, {"tokenizer": tokenizer().fingerprint})
     store.finish()
     tokenizer().save(base_dir / "tokenizer")
 
 
+def command(framework):
+    line = [sys.executable, "-m", "scripts.chat_web", "--slots", "2", "--grace-s", "60"]
+    return [*line, "--backend", framework, "--port"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_sigterm_drains_and_exits_with_0(base_dir, framework):
     save_checkpoint(base_dir, framework)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "scripts.chat_web", "--port", str(port), "--slots", "2"]
-    process = subprocess.Popen(
-        [*command, "--backend", framework, "--grace-s", "60"],
-        cwd=ROOT,
-        env={**os.environ, "JAXCHAT_BASE_DIR": str(base_dir)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-
-    def ready():
-        assert process.poll() is None, process.stdout.read()
-        try:
-            return httpx.get(url + "/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        wait_for(ready, seconds=120)
-        answer = httpx.post(url + "/chat/completions", json={"messages": HELLO, **GREEDY})
+    with Process(command(framework), JAXCHAT_BASE_DIR=str(base_dir)) as one:
+        one.wait_ready()
+        answer = httpx.post(one.url + "/chat/completions", json={"messages": HELLO, **GREEDY})
         assert answer.json()["usage"]["completion_tokens"] == 12
         body = {"prompt": ["the dog"] * 10, **LONG, "stream": True}
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as stream:
+        with httpx.stream("POST", one.url + "/v1/completions", json=body, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
-            process.send_signal(signal.SIGTERM)
+            one.signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         ends = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
         assert ends.count("length") == 10
-        assert process.wait(30) == 0
+        assert one.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(url + "/health")
-    finally:
-        process.kill()
-        output = process.communicate()[0]
-    assert "Traceback" not in output
+            httpx.get(one.url + "/health")
+    assert "Traceback" not in one.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_second_sigterm_ends_replies_and_exits_with_0(base_dir, framework):
+    save_checkpoint(base_dir, framework)
+    with (
+        ThreadPoolExecutor() as threads,
+        Process(command(framework), JAXCHAT_BASE_DIR=str(base_dir)) as one,
+    ):
+        one.wait_ready()
+        body = {"messages": HELLO, **LONG, "n": 128}
+        reply = threads.submit(httpx.post, one.url + "/chat/completions", json=body, timeout=60)
+        wait_for(lambda: one.load)
+        for _ in range(2):
+            one.signal(signal.SIGTERM)
+            time.sleep(0.2)
+        error_of(reply.result(), 503)
+        assert one.wait(10) == 0
+    assert "Traceback" not in one.output

@@ -10,7 +10,7 @@ import pytest
 from jaxchat.engine import Engine
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.request import Request
-from jaxchat.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from jaxchat.sampling_params import MAX_TOP_K, MAX_TOP_LOGPROBS, SamplingParams
 from tests.models import MODERN
 from tests.test_engine import tokenizer
 from torch_ref.torch_backend import TorchBackend
@@ -126,11 +126,14 @@ def test_a_scored_prompt_agrees_with_evaluation(name, length):
     [
         (SamplingParams(top_k=0, max_tokens=3), 5),
         (SamplingParams(top_k=10**6, max_tokens=3), 5),
+        (SamplingParams(top_k=MAX_TOP_K, max_tokens=3), 5),
         (SamplingParams(temperature=0.0, top_k=0, top_p=0.5, max_tokens=3), 5),
         (SamplingParams(max_tokens=3), 1),
         (SamplingParams(max_tokens=3), CONTEXT),
         (SamplingParams(max_tokens=1), 5),
         (SamplingParams(temperature=1e-6, min_p=1.0, top_p=1e-6, max_tokens=3), 5),
+        (SamplingParams(temperature=1e-40, max_tokens=3), 5),
+        (SamplingParams(top_p=1e-40, max_tokens=3), 5),
     ],
 )
 def test_edges(name, params, length):
@@ -138,9 +141,9 @@ def test_edges(name, params, length):
     (got,) = engine(name, slots=2).complete([request])
     assert len(got.ids) == min(params.max_tokens, CONTEXT + 1 - length)
     assert got.finish_reason == "length"
-    if params.temperature in (0.0, 1e-6):
-        greedy = replace(request, params=SamplingParams(temperature=0.0, max_tokens=3))
-        assert got.ids[0] == engine(name, slots=2).complete([greedy])[0].ids[0]
+    if params.temperature < 1 or params.top_p < 1:
+        greedy = replace(request, params=replace(request.params, temperature=0.0))
+        assert got.ids == engine(name, slots=2).complete([greedy])[0].ids
 
 
 def test_an_engine_recovers_from_a_failed_step_and_keeps_what_waits(monkeypatch):

@@ -11,17 +11,25 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jaxchat.config import GPTConfig
 from jaxchat.conversation import render_for_completion
-from jaxchat.request import Request
+from jaxchat.engine import Engine
+from jaxchat.reply import Reply
+from jaxchat.request import Completion, Event, Request
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.server import worker
 from jaxchat.server.errors import ApiError
 from jaxchat.server.gate import RateLimit
+from jaxchat.server.logprobs import TokenLog
 from jaxchat.tokenizer import SPECIAL_NAMES
+from tests.scripted import ScriptedBackend
 from tests.servers import CONTEXT, MODEL, SLOTS, make_engine, running, tokenizer
 
 SPECIALS = [f"<|{name}|>" for name in SPECIAL_NAMES]
 HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+POISON = 7
+"""A token that no honest prompt has."""
 LONG = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
 
 
@@ -97,6 +105,7 @@ def test_a_chat_answer_is_what_the_engine_says(idle):
 def test_a_stream_adds_up_to_the_whole_answer(idle, path):
     body = {"messages": HELLO, "prompt": "hello", **GREEDY, "n": 3, "temperature": 1, "seed": 5}
     body |= {"logprobs": True, "top_logprobs": 2} if "chat" in path else {"logprobs": 2}
+    idle.post(path, body)  # both find the prompt in the cache: the same arithmetic to the last bit
     whole = idle.post(path, body).json()
     stream = idle.post(path, body | {"stream": True, "stream_options": {"include_usage": True}})
     assert stream.headers["content-type"].startswith("text/event-stream")
@@ -165,6 +174,42 @@ def test_a_stop_string_leaks_neither_as_text_nor_as_log_probabilities(idle):
         assert free[:end].startswith(shown)
         assert all(offset < end for offset in (chunk["logprobs"] or {}).get("text_offset", []))
     assert (shown, chunks[-1]["finish_reason"]) == (free[:end], "stop")
+
+
+def reply_events(ids, stops=()):
+    """The events of a reply of these tokens."""
+    reply, out = Reply(tokenizer(), stops=stops, tools=False), []
+    for token in ids:
+        part, text = reply.push(token)
+        out.append(Event(0, 0, part, text, token, -1.0))
+        if reply.stopped:
+            break
+    return [*out, Event(0, 0, reply.part, reply.flush(), finish_reason="stop")]
+
+
+@pytest.mark.parametrize(
+    ("ids", "stops", "expected"),
+    [
+        ("the quick", "c", "the qui"),  # within a token
+        ("a你b", "你", "a"),  # of several byte tokens
+    ],
+)
+def test_log_probabilities_tell_of_no_token_that_a_stop_string_cuts(ids, stops, expected):
+    ids = tokenizer().encode(ids)
+    log = TokenLog(tokenizer())
+    shown = [one.token for event in reply_events(ids, [stops]) for _, one in log.push(event)]
+    assert expected.startswith(tokenizer().decode(shown))
+    assert shown == ids[: len(shown)]
+
+
+def test_text_offsets_count_characters_whole_or_not():
+    """Byte tokens of one character share its place; one that is never finished counts as one."""
+    ids = [*tokenizer().encode("a你"), *"你".encode()[:2], *tokenizer().encode("bc")]
+    text, log = tokenizer().decode(ids), TokenLog(tokenizer())
+    shown = [(start, one.token) for event in reply_events(ids) for start, one in log.push(event)]
+    assert [token for _, token in shown] == ids
+    assert text[1:3] == "你\ufffd"
+    assert [start for start, _ in shown] == [0, 1, 1, 1, 2, 2, 3, 4]
 
 
 def test_penalties_and_biases_reach_the_sampler(idle):
@@ -245,6 +290,60 @@ def test_metrics_parse_and_count(idle):
     assert after["jaxchat:num_requests_running", None] == 0
 
 
+# --- the calculator ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calculating():
+    """A server whose model says the same after every prompt: a call, and what it makes of it."""
+    special, encode = tokenizer().special_id, tokenizer().encode
+    call = [special("python_start"), *encode("6*7"), special("python_end")]
+    output = [special("output_start"), *encode("42"), special("output_end")]
+    script = [*encode("I ask: "), *call, *output, *encode(" it is"), special("assistant_end")]
+
+    def next_token(held):
+        begin = len(held) - held[::-1].index(special("assistant_start"))
+        return script[len(held) - begin]
+
+    config = GPTConfig(sequence_len=CONTEXT, vocab_size=tokenizer().vocab_size)
+    engine = Engine(ScriptedBackend(config, next_token), tokenizer())
+    engine.warm_up = lambda: None
+    with running([engine]) as one:
+        yield one
+
+
+PARTS = [
+    {"type": "text", "text": "I ask: "},
+    {"type": "python", "text": "6*7"},
+    {"type": "python_output", "text": "42"},
+    {"type": "text", "text": " it is"},
+]
+
+
+def test_a_call_of_the_calculator_is_a_part_whole_and_streamed(calculating):
+    body = {"messages": HELLO, "temperature": 0}
+    (choice,) = calculating.post("/v1/chat/completions", body).json()["choices"]
+    assert choice["message"]["content"] == "I ask:  it is"
+    assert choice["message"]["parts"] == PARTS
+    whole = Completion(0, 0)
+    for chunk in events(calculating.post("/v1/chat/completions", body | {"stream": True})):
+        delta = chunk["choices"][0]["delta"]
+        part = delta.get("part") or {"type": "text", "text": delta.get("content", "")}
+        whole.add(Event(0, 0, part["type"], part["text"]))
+    assert whole.parts == PARTS
+
+
+def test_an_answer_that_is_sent_back_keeps_its_calls(calculating):
+    body = {"messages": HELLO, "temperature": 0}
+    (choice,) = calculating.post("/v1/chat/completions", body).json()["choices"]
+    messages = [*HELLO, choice["message"], *HELLO]
+    honest = [HELLO[0], {"role": "assistant", "content": PARTS}, HELLO[0]]
+    expected = render_for_completion(tokenizer(), {"messages": honest})
+    assert calculating.post("/tokenize", {"messages": messages}).json()["tokens"] == expected
+    usage = calculating.post("/v1/chat/completions", {"messages": messages}).json()["usage"]
+    assert usage["prompt_tokens"] == len(expected)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -257,6 +356,28 @@ def test_metrics_parse_and_count(idle):
         ({"messages": [*HELLO, *HELLO]}, "take turns"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "nothing to answer"),
         ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, "parts"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x", "parts": [{"type": "text", "text": "x"}]}
+                ]
+            },
+            "a user message has no parts",
+        ),
+        (
+            {
+                "messages": [
+                    *HELLO,
+                    {
+                        "role": "assistant",
+                        "content": "x",
+                        "parts": [{"type": "text", "text": "y"}],
+                    },
+                    *HELLO,
+                ]
+            },
+            "differs from the text of its parts",
+        ),
         ({"messages": "hello"}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -323,6 +444,12 @@ def test_numbers_that_json_has_not_are_refused(idle):
     error_of(httpx.post(idle.url + "/v1/completions", content=content, headers=headers), 400)
 
 
+def test_a_bias_beyond_the_vocabulary_is_the_bias_at_fault(idle):
+    for send in (chat, complete):
+        error = error_of(send(idle, logit_bias={"300": 1}), 400)
+        assert error["param"] == "logit_bias"
+
+
 def test_half_a_surrogate_pair_does_no_harm(idle):
     headers = {"Content-Type": "application/json"}
     for content in (b'{"prompt": "\\ud800"}', b'{"prompt": "x", "model": "\\ud800"}'):
@@ -382,10 +509,10 @@ def test_no_word_of_a_prompt_is_logged(idle, caplog, monkeypatch):
     chat(idle, messages=secret)
     chat(idle, messages=secret, n=0)
     chat(idle, messages=[*secret, *secret])
-    monkeypatch.setattr(idle.engine.backend, "decode", lambda cache, batch: 1 / 0)
+    monkeypatch.setattr(idle.engine.backend, "decode", fail_once(idle.engine.backend.decode))
     chat(idle, messages=secret)
     assert "POST /v1/chat/completions 200" in caplog.text
-    assert "ZeroDivisionError" in caplog.text
+    assert "RuntimeError: out of memory" in caplog.text
     assert "xylophone" not in caplog.text
 
 
@@ -394,8 +521,10 @@ def test_keys_rates_and_origins():
         "api_keys": ("first", "second"),
         "requests_per_minute": 3,
         "allowed_origins": ("https://page.example",),
+        "allowed_hosts": ("127.0.0.1", "My.Example"),
     }
     with running(**settings) as one:
+        assert one.get("/health", headers={"Host": "mY.example:80"}).status_code == 200
         for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic first"}):
             answer = one.get("/v1/models", headers=headers)
             assert error_of(answer, 401)["code"] == "invalid_api_key"
@@ -472,6 +601,21 @@ def test_a_full_queue_sends_requests_away_and_takes_them_again():
         assert chat(one).status_code == 200
 
 
+@pytest.mark.parametrize(("send", "stream"), [(chat, True), (complete, False)])
+def test_a_burst_cannot_overfill_the_queue(monkeypatch, send, stream):
+    engine = make_engine()
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.01) or step())
+    with ThreadPoolExecutor(12) as threads, running([engine], max_waiting=2) as one:
+        sent = [threads.submit(send, one, **LONG, n=SLOTS, stream=stream) for _ in range(12)]
+        statuses = [future.result().status_code for future in sent]
+        assert (statuses.count(200), statuses.count(503)) == (1, 11)
+        error_of(send(one, n=SLOTS + 3), 400)  # would never fit
+        error_of(send(one, n=2, temperature=9), 400)
+        assert send(one, n=SLOTS + 2, max_tokens=1).status_code == 200  # every place is free again
+        assert one.pool.reserved == 0
+
+
 def test_a_request_that_takes_too_long_is_ended(monkeypatch):
     with running(timeout_s=0.3) as one:
         step = one.engine.step
@@ -486,17 +630,20 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         one.wait_idle()
 
 
+def fail_once(function):
+    failures = ["out of memory"]
+
+    def failing(*arguments):
+        if failures:
+            raise RuntimeError(failures.pop())
+        return function(*arguments)
+
+    return failing
+
+
 def test_a_failed_step_answers_500_and_the_next_request_is_served(idle, monkeypatch):
     expected = chat(idle).json()["choices"]
-    decode, failures = idle.engine.backend.decode, [None]
-
-    def fail_once(cache, batch):
-        if failures:
-            failures.pop()
-            raise RuntimeError("out of memory")
-        return decode(cache, batch)
-
-    monkeypatch.setattr(idle.engine.backend, "decode", fail_once)
+    monkeypatch.setattr(idle.engine.backend, "decode", fail_once(idle.engine.backend.decode))
     error = error_of(chat(idle), 500)
     assert error["type"] == "server_error"
     assert "out of memory" not in error["message"]
@@ -526,7 +673,7 @@ def test_several_models_stand_beside_each_other():
 
 
 def test_a_bug_of_ours_answers_500_with_the_headers_of_every_answer(idle, monkeypatch):
-    monkeypatch.setattr(idle.service, "check_samples", lambda count: 1 / 0)
+    monkeypatch.setattr(idle.service, "reserve", lambda replies: 1 / 0)
     answer = chat(idle)
     assert "log says more" in error_of(answer, 500)["message"]
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -538,14 +685,59 @@ def test_a_failed_score_answers_500(idle, monkeypatch):
     assert complete(idle).status_code == 200
 
 
-def test_an_engine_that_fails_again_and_again_is_given_up(monkeypatch):
+def test_a_prompt_that_cannot_be_read_takes_nobody_down_however_often(slow, monkeypatch):
+    """Its neighbours' rows are lost with the cache and read again; their replies do not notice."""
+    expected = [chat(slow, **LONG).json()["choices"], chat(slow, **LONG, seed=5, n=2).json()]
+    prefill = slow.engine.backend.prefill
+
+    def poisoned(cache, row, ids, start):
+        if POISON in ids:
+            prefill(cache, row, ids, start)  # takes the cache along
+            raise RuntimeError("poison")
+        return prefill(cache, row, ids, start)
+
+    monkeypatch.setattr(slow.engine.backend, "prefill", poisoned)
+    with ThreadPoolExecutor() as threads:
+        neighbours = [
+            threads.submit(chat, slow, **LONG),
+            threads.submit(chat, slow, **LONG, seed=5, n=2, stream=True),
+        ]
+        wait_for(lambda: in_slots(slow) == 3)
+        for stream in (False, True, False, False, False):
+            answer = complete(slow, prompt=[1, POISON], n=5, stream=stream)
+            assert "Generation failed" in answer.text
+        assert neighbours[0].result().json()["choices"] == expected[0]
+        chunks = [c for chunk in events(neighbours[1].result()) for c in chunk["choices"]]
+    for choice in expected[1]["choices"]:
+        own = [chunk["delta"] for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(d.get("content", "") for d in own) == choice["message"]["content"]
+    assert slow.get("/ready").status_code == 200
+
+
+def test_an_engine_that_stays_broken_is_given_up(monkeypatch):
+    monkeypatch.setattr(worker, "PAUSE_S", 0.01)
     with running() as one:
         monkeypatch.setattr(one.engine.backend, "prefill", lambda *_: 1 / 0)
-        assert [chat(one).status_code for _ in range(4)] == [500, 500, 500, 503]
+        assert [chat(one).status_code for _ in range(2)] == [500, 503]
         answer = one.get("/ready")
         assert "must be started again" in error_of(answer, 503)["message"]
         assert "retry-after" in answer.headers
         assert one.get("/health").status_code == 200
+
+
+def test_an_engine_that_is_broken_for_a_moment_goes_on(monkeypatch):
+    monkeypatch.setattr(worker, "PAUSE_S", 0.01)
+    with running() as one:
+        backend = one.engine.backend
+        new_cache, failures = backend.new_cache, [1, 2]
+
+        def short_of_memory(rows, max_length):
+            return new_cache(rows, max_length) if not failures else failures.pop() / 0
+
+        monkeypatch.setattr(backend, "new_cache", short_of_memory)
+        monkeypatch.setattr(backend, "decode", fail_once(backend.decode))
+        error_of(chat(one), 500)
+        assert chat(one).status_code == 200
 
 
 def test_readiness_waits_for_warm_up(monkeypatch):

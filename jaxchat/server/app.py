@@ -14,6 +14,7 @@ from starlette.responses import Response
 from jaxchat import __version__
 from jaxchat.engine import Engine
 from jaxchat.server import chat, completions, errors, status, tokens
+from jaxchat.server.deadlines import Deadlines
 from jaxchat.server.gate import Gate
 from jaxchat.server.metrics import Families, Metrics
 from jaxchat.server.page import page_routes
@@ -32,9 +33,9 @@ def create_app(
 
     `others`: engines of further models by name, such as the other stages of training.
     """
-    families = Families()
+    families, receiving, replying = Families(), Deadlines(), Deadlines()
     services = {
-        name: _service(group, replace(settings, model_name=name), families)
+        name: _service(group, replace(settings, model_name=name), families, replying)
         for name, group in {settings.model_name: engines, **(others or {})}.items()
     }
     pools = [service.pool for service in services.values()]
@@ -56,12 +57,13 @@ def create_app(
         default_response_class=errors.AsciiJSON,
     )
     app.state.services = services
+    app.state.receiving, app.state.replying = receiving, replying
     errors.install(app)
     app.add_exception_handler(ClientLeft, _nobody_reads)
     for module in (chat, completions, tokens, status):
         app.include_router(module.router)
     app.router.routes.extend(page_routes())
-    app.add_middleware(Gate, settings=settings, families=families)
+    app.add_middleware(Gate, settings=settings, families=families, receiving=receiving)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -73,11 +75,19 @@ def create_app(
     return app
 
 
-def _service(engines: Sequence[Engine], settings: ServerSettings, families: Families) -> Service:
+def _service(
+    engines: Sequence[Engine], settings: ServerSettings, families: Families, replying: Deadlines
+) -> Service:
     name = settings.model_name
     workers = [Worker(engine, name=f"{name}-replica-{i}") for i, engine in enumerate(engines)]
     metrics = Metrics(families, name, workers)
-    pool = Pool(workers, metrics, max_waiting=settings.max_waiting, timeout_s=settings.timeout_s)
+    pool = Pool(
+        workers,
+        metrics,
+        max_waiting=settings.max_waiting,
+        timeout_s=settings.timeout_s,
+        replying=replying,
+    )
     return Service(pool, engines[0].tokenizer, settings, metrics)
 
 

@@ -15,7 +15,8 @@ from jaxchat.request import Request as EngineRequest
 from jaxchat.server import responses
 from jaxchat.server.errors import ApiError, AsciiJSON, documented
 from jaxchat.server.logprobs import TokenLog, chat_entry
-from jaxchat.server.requests import ChatRequest, Message
+from jaxchat.server.pool import Place
+from jaxchat.server.requests import ChatRequest, Message, Part
 from jaxchat.server.service import (
     Service,
     new_id,
@@ -35,7 +36,7 @@ STREAMED = {
         "description": "The reply; with `stream` as server-sent events that end with `[DONE]`.",
     }
 }
-GENERATION_ERRORS = documented(400, 401, 404, 413, 429, 503)
+GENERATION_ERRORS = documented(400, 401, 404, 408, 413, 429, 503)
 
 
 @router.post(
@@ -53,18 +54,17 @@ GENERATION_ERRORS = documented(400, 401, 404, 413, 429, 503)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """The next message of a conversation."""
     service = service_of(request, body.model)
-    service.pool.check_open()
-    engine_request = await run_in_threadpool(_engine_request, service, body)
-    reply = _Reply(service, body, engine_request)
-    if body.stream:
-        return EventStream(reply.stream())
-    return await while_connected(request, reply.whole())
+    with contextlib.ExitStack() as until_done:
+        place = until_done.enter_context(contextlib.closing(service.reserve(body.n or 1)))
+        engine_request = await run_in_threadpool(_engine_request, service, body)
+        reply = _Reply(service, body, engine_request, place)
+        if body.stream:
+            return EventStream(reply.stream(), until_done.pop_all())
+        return await while_connected(request, reply.whole())
 
 
 def _engine_request(service: Service, body: ChatRequest) -> EngineRequest:
     """Everything about the request that can be wrong is found here."""
-    n = body.n or 1
-    service.check_samples(n)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
     ids = conversation_ids(service, body.messages)
@@ -77,7 +77,7 @@ def _engine_request(service: Service, body: ChatRequest) -> EngineRequest:
         top_k=service.settings.top_k,
         top_logprobs=body.top_logprobs or 0,
     )
-    engine_request = EngineRequest(ids, params, n=n)
+    engine_request = EngineRequest(ids, params, n=body.n or 1)
     service.check(engine_request, param="messages")
     return engine_request
 
@@ -104,6 +104,8 @@ def _as_message(message: Message) -> dict[str, Any]:
     """The message as conversation.py reads it: only an assistant's content has parts."""
     role = "system" if message.role == "developer" else message.role
     content = message.content
+    if message.parts:
+        return {"role": role, "content": _answer(message.parts, content, role)}
     if isinstance(content, str):
         return {"role": role, "content": content}
     if role == "assistant":
@@ -113,11 +115,22 @@ def _as_message(message: Message) -> dict[str, Any]:
     return {"role": role, "content": "".join(part.text for part in content)}
 
 
+def _answer(parts: Sequence[Part], content: str | list[Part], role: str) -> list[dict[str, Any]]:
+    """The parts of an answer of ours that comes back; ValueError where its content says more."""
+    if role != "assistant":
+        raise ValueError(f"a {role} message has no parts besides its content")
+    if content != "".join(part.text for part in parts if part.type == "text"):
+        raise ValueError("the content of an assistant message differs from the text of its parts")
+    return [part.model_dump() for part in parts]
+
+
 class _Reply:
     """The answer to one request, in the making."""
 
-    def __init__(self, service: Service, body: ChatRequest, request: EngineRequest) -> None:
-        self.service, self.body, self.request = service, body, request
+    def __init__(
+        self, service: Service, body: ChatRequest, request: EngineRequest, place: Place
+    ) -> None:
+        self.service, self.body, self.request, self._place = service, body, request, place
         self._tokenizer: Tokenizer = service.tokenizer
         self._id, self._created = new_id("chatcmpl"), int(time.time())
         self._logs = [
@@ -154,7 +167,7 @@ class _Reply:
             yield [{**self._head("chat.completion.chunk"), "choices": [], **self._usage()}]
 
     async def _events(self) -> AsyncGenerator[Sequence[Event], None]:
-        async with contextlib.aclosing(self.service.pool.run(self.request)) as batches:
+        async with contextlib.aclosing(self.service.pool.run(self.request, self._place)) as batches:
             async for batch in batches:
                 for event in batch:
                     self._written += event.token is not None or event.stop_id is not None

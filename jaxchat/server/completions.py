@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxchat.server import responses
 from jaxchat.server.chat import GENERATION_ERRORS, STREAMED
 from jaxchat.server.errors import ApiError, AsciiJSON
 from jaxchat.server.logprobs import CompletionLog, TokenLog
+from jaxchat.server.pool import Place
 from jaxchat.server.requests import CompletionRequest
 from jaxchat.server.service import (
     Service,
@@ -45,20 +46,21 @@ MAX_TOKENS = 16
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """What follows one or several texts."""
     service = service_of(request, body.model)
-    service.pool.check_open()
-    prompts = await run_in_threadpool(_prompts, service, body)
-    reply = _Reply(service, body, prompts)
-    if body.stream:
-        return EventStream(reply.stream())
-    return await while_connected(request, reply.whole())
-
-
-def _prompts(service: Service, body: CompletionRequest) -> list[EngineRequest]:
-    """One engine request for every prompt; everything that can be wrong is found here."""
-    given = body.prompt
+    given, n = body.prompt, body.n or 1
     texts: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else [*given]
-    n = body.n or 1
-    service.check_samples(len(texts) * n)
+    with contextlib.ExitStack() as until_done:
+        place = until_done.enter_context(contextlib.closing(service.reserve(len(texts) * n)))
+        prompts = await run_in_threadpool(_prompts, service, body, texts)
+        reply = _Reply(service, body, prompts, place)
+        if body.stream:
+            return EventStream(reply.stream(), until_done.pop_all())
+        return await while_connected(request, reply.whole())
+
+
+def _prompts(
+    service: Service, body: CompletionRequest, texts: Sequence[str | list[int]]
+) -> list[EngineRequest]:
+    """One engine request for every prompt; everything that can be wrong is found here."""
     wanted = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not wanted and not body.echo:
         raise ApiError(400, "max_tokens=0 asks for nothing without echo.", param="max_tokens")
@@ -70,7 +72,7 @@ def _prompts(service: Service, body: CompletionRequest) -> list[EngineRequest]:
         top_k=0,
         top_logprobs=body.logprobs or 0,
     )
-    return [_prompt(service, text, params, n, wanted) for text in texts]
+    return [_prompt(service, text, params, body.n or 1, wanted) for text in texts]
 
 
 def _prompt(
@@ -91,9 +93,13 @@ class _Reply:
     """The answer to one request, in the making."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, prompts: list[EngineRequest]
+        self,
+        service: Service,
+        body: CompletionRequest,
+        prompts: list[EngineRequest],
+        place: Place,
     ) -> None:
-        self.service, self.body, self.prompts = service, body, prompts
+        self.service, self.body, self.prompts, self._place = service, body, prompts, place
         self._id, self._created = new_id("cmpl"), int(time.time())
         self._written = 0
 
@@ -172,7 +178,7 @@ class _Reply:
         if self.body.echo:
             yield begun
         logs = [TokenLog(self.service.tokenizer) for _ in range(n)]
-        async with contextlib.aclosing(self.service.pool.run(request)) as batches:
+        async with contextlib.aclosing(self.service.pool.run(request, self._place)) as batches:
             async for batch in batches:
                 out = []
                 for event in batch:

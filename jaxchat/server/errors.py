@@ -15,6 +15,7 @@ TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -28,6 +29,7 @@ REASONS = {
     403: "The request names a host that is not this server.",
     404: "There is no such model or path.",
     405: "The path knows no such method.",
+    408: "The body took too long to arrive.",
     413: "The body is too large.",
     429: "This key has sent too many requests.",
     500: "The server failed.",
@@ -79,6 +81,11 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return AsciiJSON(self.body(), self.status, headers)
+
+
+def stopping() -> ApiError:
+    """What a server that has been told to stop says."""
+    return ApiError(503, "The server is stopping.", retry_after_s=10)
 
 
 class AsciiJSON(JSONResponse):

@@ -3,6 +3,8 @@
 A plain ASGI layer: it reads no body, so a refused request costs next to nothing.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -13,7 +15,8 @@ from collections.abc import Callable, Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxchat.server.errors import ApiError
+from jaxchat.server.deadlines import Deadlines
+from jaxchat.server.errors import ApiError, stopping
 from jaxchat.server.metrics import Families
 from jaxchat.server.settings import ServerSettings
 
@@ -38,12 +41,23 @@ OPEN_PREFIX = "/page/"
 DRAINED_BODIES = 4
 """Of a body that is refused so many times the limit are read, so that the client hears why."""
 
+DRAIN_S = 3.0
+"""And for no longer than this."""
+
+BODY_S = 30.0
+"""What a client may take to send a body: a MB at 35 kB/s."""
+
 
 class Gate:
     """The layer around the app."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, families: Families) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: ServerSettings, families: Families, receiving: Deadlines
+    ) -> None:
+        """`receiving`: of bodies that have not arrived whole."""
         self._app, self._settings, self._families = app, settings, families
+        self._receiving = receiving
+        self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
         self._keys = Keys(settings.api_keys)
         self._rates = RateLimit(settings.requests_per_minute)
 
@@ -88,8 +102,7 @@ class Gate:
         """ApiError for a request that goes no further."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = _host_name(headers.get(b"host", ""))
-        allowed = self._settings.allowed_hosts
-        if allowed and host not in allowed:
+        if self._hosts and host not in self._hosts:
             raise ApiError(
                 403,
                 f"This server does not answer as {host!r}; start it with --allowed-hosts {host}"
@@ -105,12 +118,23 @@ class Gate:
             self._rates.spend(key)
 
     def _limited(self, receive: Receive) -> Receive:
-        """`receive` that refuses a body longer than it may be, whatever its headers say."""
-        read = 0
+        """`receive` that refuses a body longer or later than it may be, whatever its headers say.
+
+        HTTPException, because FastAPI lets nothing else through where it reads a body.
+        """
+        clock = asyncio.get_running_loop().time
+        read, whole, deadline = 0, False, clock() + BODY_S
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:  # what follows is the client's leave
+                return await receive()
+            try:
+                async with self._receiving.limit(deadline - clock()):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_late() from None
+            whole = not message.get("more_body")
             read += len(message.get("body", b""))
             if read > self._settings.max_body_bytes:
                 raise HTTPException(413, str(self._too_large()))
@@ -123,11 +147,22 @@ class Gate:
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return
         left = DRAINED_BODIES * self._settings.max_body_bytes
-        while left > 0:
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if not message.get("more_body"):
-                return
+        with contextlib.suppress(TimeoutError):
+            async with self._receiving.limit(DRAIN_S):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
+    def _too_late(self) -> HTTPException:
+        headers = {"Connection": "close"}
+        if self._receiving.over:
+            error = stopping()
+            headers["Retry-After"] = str(error.retry_after_s)
+        else:
+            error = ApiError(408, f"The body took longer than {BODY_S:g} s to arrive.")
+        return HTTPException(error.status, str(error), headers)
 
     def _too_large(self) -> ApiError:
         most = self._settings.max_body_bytes
@@ -188,5 +223,5 @@ class RateLimit:
 def _host_name(host: str) -> str:
     """`localhost` of `localhost:8000`, `::1` of `[::1]:8000`."""
     if host.startswith("["):
-        return host[1:].partition("]")[0]
+        return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower()

@@ -1,15 +1,16 @@
 """Log-probabilities in the two shapes of OpenAI's API.
 
-A token is told of when its text is shown and not before: what a stop string swallows does not leak
-through its log-probabilities either.
+A token is told of when all of its text is shown and not before: what a stop string swallows, were
+it the end of a token or the first bytes of a character, does not leak through log-probabilities.
 """
 
+import codecs
 from collections import deque
 from typing import Any
 
 from jaxchat.backend import PromptScores
 from jaxchat.request import Event
-from jaxchat.tokenizer import StreamDecoder, Tokenizer
+from jaxchat.tokenizer import Tokenizer
 
 
 class TokenLog:
@@ -18,8 +19,7 @@ class TokenLog:
     def __init__(self, tokenizer: Tokenizer, *, parts: frozenset[str] | None = None) -> None:
         """`parts`: kinds of text that count; None counts all."""
         self._parts, self._first_special = parts, tokenizer.special_id("bos")
-        self._decoder = StreamDecoder(tokenizer)
-        self._decoded, self._shown = 0, 0
+        self._text, self._shown = _Text(tokenizer), 0
         self._held: deque[tuple[int, int, Event]] = deque()
 
     def push(self, event: Event) -> list[tuple[int, Event]]:
@@ -27,24 +27,47 @@ class TokenLog:
         if self._parts is not None and event.part not in self._parts:
             return []
         if event.token is not None and event.token < self._first_special:
-            start = self._decoded
-            self._decoded += len(self._decoder.push(event.token))
-            self._held.append((start, self._decoded, event))
+            self._held.append((*self._text.push(event.token), event))
         else:
-            self._decoded += len(self._decoder.flush())
+            end = self._text.flush()
             if event.token is not None and self._parts is None:
-                self._held.append((self._decoded, self._decoded, event))
+                self._held.append((end, end, event))
         self._shown += len(event.text)
-        ended = event.finish_reason is not None
         shown = []
-        while self._held:
-            start, end, _ = self._held[0]
-            if end > self._shown and not (ended and start < self._shown):
-                break
-            shown.append((start, self._held.popleft()[2]))
+        while self._held and self._held[0][1] <= self._shown:
+            start, _, told = self._held.popleft()
+            shown.append((start, told))
         if event.stop_id is not None and self._parts is None:
-            shown.append((self._decoded, event))
+            shown.append((self._text.length, event))
         return shown
+
+
+class _Text:
+    """The text that tokens add up to, and where in it each of them stands."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.length = 0
+        """Characters that are whole."""
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> tuple[int, int]:
+        """Where the text of the next token begins and ends.
+
+        A token that shares a character with others begins or ends where that does.
+        """
+        raw = self._tokenizer.decode_bytes([token])
+        if raw[0] & 0xC0 != 0x80:  # it begins a character, whatever became of the last one
+            self.flush()
+        start = self.length
+        self.length += len(self._utf8.decode(raw))
+        unfinished = bool(self._utf8.getstate()[0])
+        return start, self.length + unfinished
+
+    def flush(self) -> int:
+        """End an unfinished character; returns where the text ends."""
+        self.length += len(self._utf8.decode(b"", final=True))
+        return self.length
 
 
 def chat_entry(tokenizer: Tokenizer, event: Event) -> dict[str, Any]:
@@ -68,14 +91,13 @@ class CompletionLog:
 
     def add_prompt(self, ids: list[int], scores: PromptScores) -> None:
         """Every token of an echoed prompt; the first has nothing before it, hence null."""
-        decoder, offset = StreamDecoder(self._tokenizer), 0
+        text = _Text(self._tokenizer)
         first_special = self._tokenizer.special_id("bos")
         for i, token in enumerate(ids):
             best = zip(scores.top_ids[i].tolist(), scores.top_logprobs[i].tolist(), strict=True)
             known = i > 0
+            offset = text.push(token)[0] if token < first_special else text.length
             self._add(token, float(scores.logprobs[i]) if known else None, tuple(best), offset)
-            if token < first_special:
-                offset += len(decoder.push(token))
 
     def add(self, event: Event, offset: int) -> None:
         """A token of the reply, or the one that ended it."""

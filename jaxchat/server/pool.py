@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from jaxchat.backend import PromptScores
 from jaxchat.request import Event, Request
-from jaxchat.server.errors import ApiError
+from jaxchat.server.deadlines import Deadlines
+from jaxchat.server.errors import ApiError, stopping
 from jaxchat.server.metrics import Metrics
 from jaxchat.server.worker import EngineFailed, Worker
 
@@ -17,11 +18,20 @@ class Pool:
     """Workers with the same model."""
 
     def __init__(
-        self, workers: Sequence[Worker], metrics: Metrics, *, max_waiting: int, timeout_s: float
+        self,
+        workers: Sequence[Worker],
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+        timeout_s: float,
+        replying: Deadlines,
     ) -> None:
-        self.workers, self.metrics = workers, metrics
+        """`replying`: of the replies under way."""
+        self.workers, self.metrics, self._replying = workers, metrics, replying
         self.draining = False
         """Whether the server has been told to stop: what is under way ends, nothing begins."""
+        self.reserved = 0
+        """Replies that have been let in and that no worker counts yet."""
         self._max_waiting, self._timeout_s = max_waiting, timeout_s
 
     def start(self) -> None:
@@ -41,42 +51,53 @@ class Pool:
     def check_ready(self) -> None:
         """ApiError 503 before warm-up, while stopping, and when every engine has failed."""
         if self.draining:
-            raise ApiError(503, "The server is stopping.", retry_after_s=10)
+            raise stopping()
         if not any(worker.available for worker in self.workers):
             failed = all(worker.failed for worker in self.workers)
             state = "has failed and must be started again" if failed else "is starting"
             raise ApiError(503, f"The server {state}.", retry_after_s=10)
 
-    def check_open(self) -> None:
-        """ApiError 503 when a request cannot be taken now: not ready, or too many wait."""
+    @property
+    def most(self) -> int:
+        """Replies that an idle server takes at once: those in slots and those that may wait."""
+        return self._max_waiting + sum(worker.engine.slots for worker in self.workers)
+
+    def reserve(self, replies: int) -> "Place":
+        """Room for replies that begin soon.
+
+        ApiError 503 when they cannot be taken now: not ready, or too many would wait.
+        """
         self.check_ready()
         slots = sum(worker.engine.slots for worker in self.workers if worker.available)
-        waiting = sum(worker.load for worker in self.workers) - slots
-        if waiting >= self._max_waiting:
+        load = self.reserved + sum(worker.load for worker in self.workers)
+        if load + replies > self._max_waiting + slots:
+            waiting = max(0, load - slots)
             raise ApiError(
                 503, f"The server is busy: {waiting} replies wait for a slot.", retry_after_s=2
             )
+        return Place(self, replies)
 
     def check(self, request: Request) -> None:
         """ValueError for a request that an engine would refuse."""
         self.workers[0].engine.check(request)
 
-    async def run(self, request: Request) -> AsyncGenerator[Sequence[Event], None]:
+    async def run(self, request: Request, place: "Place") -> AsyncGenerator[Sequence[Event], None]:
         """The events of one request, those of one step together, from the least busy replica.
 
-        ApiError 500 when the engine fails, 503 when the request takes too long. Closing the
-        iterator frees the slots.
+        ApiError 500 when the engine fails, 503 when the request takes too long or the server
+        stops. Closing the iterator frees the slots.
         """
         watch = self.metrics.watch(len(request.ids))
         stream = self._least_busy().submit(request)
+        place.give_up(request.n)  # the worker counts them from here on
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with self._replying.limit(self._timeout_s):
                 async for batch in stream.batches():
                     watch.saw(batch)
                     yield batch
         except TimeoutError:
             self.metrics.ended("timeout")
-            raise self._too_slow() from None
+            raise self._too_late() from None
         except EngineFailed as error:
             self.metrics.ended("error")
             raise ApiError(500, f"Generation failed: {error}.") from error
@@ -89,10 +110,10 @@ class Pool:
     async def score_prompt(self, ids: Sequence[int]) -> PromptScores:
         """Log-probabilities of a prompt; errors as in `run`."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with self._replying.limit(self._timeout_s):
                 return await self._least_busy().score_prompt(ids)
         except TimeoutError:
-            raise self._too_slow() from None
+            raise self._too_late() from None
         except EngineFailed as error:
             raise ApiError(500, f"Scoring failed: {error}.") from error
 
@@ -102,7 +123,25 @@ class Pool:
             raise ApiError(503, "No engine is running.", retry_after_s=10)
         return min(available, key=lambda worker: worker.load)
 
-    def _too_slow(self) -> ApiError:
+    def _too_late(self) -> ApiError:
+        if self._replying.over:
+            return stopping()
         return ApiError(
             503, f"The request took longer than {self._timeout_s:g} s.", retry_after_s=5
         )
+
+
+class Place:
+    """Room for the replies of one request between its admission and its start; close it at last."""
+
+    def __init__(self, pool: Pool, replies: int) -> None:
+        self._pool, self._replies = pool, replies
+        pool.reserved += replies
+
+    def give_up(self, replies: int) -> None:
+        """So many need no room any more."""
+        self._replies -= replies
+        self._pool.reserved -= replies
+
+    def close(self) -> None:
+        self.give_up(self._replies)

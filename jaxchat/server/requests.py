@@ -108,6 +108,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
+    parts: list[Part] | None = Field(
+        None, description="Of an answer that is sent back: all of it, of which content is the text."
+    )
 
 
 class ResponseFormat(Body):

@@ -13,7 +13,7 @@ from jaxchat.request import Request as EngineRequest
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.server.errors import ApiError
 from jaxchat.server.metrics import Metrics
-from jaxchat.server.pool import Pool
+from jaxchat.server.pool import Place, Pool
 from jaxchat.server.requests import Sampling
 from jaxchat.server.settings import ServerSettings
 from jaxchat.server.sse import client_leaves
@@ -37,13 +37,14 @@ class Service:
         """Tokens that a prompt and its reply may have."""
         return self.pool.workers[0].engine.max_length
 
-    def check_samples(self, count: int) -> None:
-        """ApiError 400 for more replies than one request may have."""
-        most = self.settings.max_samples
-        if count > most:
+    def reserve(self, replies: int) -> Place:
+        """`Pool.reserve`; ApiError 400 for more replies than one request may have."""
+        most = min(self.settings.max_samples, self.pool.most)
+        if replies > most:
             raise ApiError(
-                400, f"{count} replies in one request (prompts x n), at most {most}.", param="n"
+                400, f"{replies} replies in one request (prompts x n), at most {most}.", param="n"
             )
+        return self.pool.reserve(replies)
 
     def room(self, prompt_tokens: int, max_tokens: int | None, *, param: str) -> int:
         """Tokens that the reply may have. ApiError 400, with the numbers, when they do not fit."""
@@ -61,11 +62,14 @@ class Service:
         return context - prompt_tokens if max_tokens is None else max_tokens
 
     def sampling(self, body: Sampling, **options: Any) -> SamplingParams:
-        """`body.sampling(**options)`; ApiError 400 for values that do not go together."""
+        """`body.sampling(**options)`; ApiError 400 for values that do not fit or go together."""
         try:
-            return body.sampling(**options)
+            params = body.sampling(**options)
         except ValueError as error:
             raise ApiError(400, f"{error}.") from error
+        # with a prompt that is sound, only the tokens that are named can be at fault
+        self.check(EngineRequest([self.tokenizer.bos_id], params), param="logit_bias")
+        return params
 
     def check(self, request: EngineRequest, *, param: str) -> None:
         """ApiError 400 for what the engine would refuse."""

@@ -38,7 +38,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         positive = ("max_body_bytes", "max_messages", "max_samples", "max_waiting", "timeout_s")
         bad = [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
-        bad += ["requests_per_minute must be at least 0"] * (self.requests_per_minute < 0)
+        natural = ("requests_per_minute", "top_k")
+        bad += [f"{name}={getattr(self, name)}" for name in natural if getattr(self, name) < 0]
+        bad += [f"temperature={self.temperature} (0 to 2)"] * (not 0 <= self.temperature <= 2)
         if bad:
             raise ValueError(f"server settings out of range: {', '.join(bad)}")
         if not all(self.api_keys):

@@ -24,11 +24,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, batches: AsyncGenerator[Sequence[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        batches: AsyncGenerator[Sequence[dict[str, Any]], None],
+        until_done: contextlib.ExitStack,
+    ) -> None:
+        """`until_done` is closed at the end of the stream, whatever that is."""
         super().__init__()
         del self.headers["content-length"]
         self.headers["X-Accel-Buffering"] = "no"
-        self._batches = batches
+        self._batches, self._until_done = batches, until_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
@@ -41,6 +46,7 @@ class EventStream(Response):
             for task in (sending, leaving):
                 task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
+            self._until_done.close()
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

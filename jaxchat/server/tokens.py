@@ -14,7 +14,7 @@ from jaxchat.server.service import Service, service_of
 
 router = APIRouter()
 
-ERRORS = documented(400, 401, 404, 413, 429)
+ERRORS = documented(400, 401, 404, 408, 413, 429, 503)
 
 
 @router.post("/tokenize", response_model=responses.Tokens, responses=ERRORS)

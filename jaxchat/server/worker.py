@@ -12,6 +12,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -21,8 +22,8 @@ from jaxchat.request import Event, Request
 
 log = logging.getLogger("jaxchat.server")
 
-MAX_FAILURES = 3
-"""Failed steps in a row after which an engine is given up."""
+ATTEMPTS, PAUSE_S = 3, 0.5
+"""To start a failed engine over before it is given up, and the growing pause between two."""
 
 
 class EngineFailed(Exception):
@@ -38,18 +39,19 @@ class Stream:
         """The engine's name for it; only the thread looks at it."""
         self.left = request.n
         """Samples that the thread has not seen end."""
-        self._unfinished = request.n
+        self._under_way = request.n
+        """Samples that count as load: their ends have not come, read or not."""
         self._batches: asyncio.Queue[Sequence[Event] | EngineFailed] = asyncio.Queue()
 
     async def batches(self) -> AsyncIterator[Sequence[Event]]:
         """Events as they come, those of one step together. EngineFailed when there are no more."""
-        while self._unfinished:
+        unread = self.request.n
+        while unread:
             batch = await self._batches.get()
             if isinstance(batch, EngineFailed):
-                self._finish(self._unfinished)
                 raise batch
             ended = [event.finish_reason for event in batch if event.finish_reason]
-            self._finish(len(ended))
+            unread -= len(ended)
             if "error" in ended:
                 self.close()
                 raise EngineFailed("the engine failed while it wrote this reply")
@@ -57,15 +59,19 @@ class Stream:
 
     def close(self) -> None:
         """Give up what is still to come; the slots are free before the next dispatch."""
-        if self._unfinished:
-            self._finish(self._unfinished)
+        if self._under_way:
+            self._count_ends(self._under_way)
             self.worker.cancel(self)
 
     def put(self, batch: Sequence[Event] | EngineFailed) -> None:
+        """Take in what the thread has to tell, which counts from now on, read or not."""
         self._batches.put_nowait(batch)
+        failed = isinstance(batch, EngineFailed)
+        ends = self.request.n if failed else sum(bool(event.finish_reason) for event in batch)
+        self._count_ends(min(ends, self._under_way))  # none is left once it has been closed
 
-    def _finish(self, samples: int) -> None:
-        self._unfinished -= samples
+    def _count_ends(self, samples: int) -> None:
+        self._under_way -= samples
         self.worker.load -= samples
 
 
@@ -80,7 +86,6 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._scores: deque[Callable[[], None]] = deque()
         self._streams: dict[int, Stream] = {}
-        self._failures = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -182,20 +187,23 @@ class Worker:
     def _step(self) -> None:
         try:
             events = self.engine.step()
-            self._failures = 0
         except Exception:  # whatever a backend raises; requests are told, the server goes on
             log.exception("a step of %s failed", self.name)
             events = self._recover()
         self._deliver(events)
 
     def _recover(self) -> list[Event]:
-        """The ends of the requests that the failure took down; gives up when that fails too."""
-        self._failures += 1
-        try:
-            if self._failures < MAX_FAILURES:
-                return self.engine.reset()
-        except Exception:  # no memory for a new cache, a lost device
-            log.exception("%s failed to start over", self.name)
+        """The ends of what the failure took down; gives the engine up when it stays broken."""
+        ends: list[Event] = []
+        for attempt in range(ATTEMPTS):
+            time.sleep(PAUSE_S * attempt)
+            try:
+                ends += self.engine.reset()
+                self.engine.probe()
+            except Exception:  # no memory for a new cache, a lost device
+                log.exception("%s failed to start over", self.name)
+            else:
+                return ends
         log.error("%s is given up", self.name)
         self.failed = True
         for stream in self._streams.values():
