@@ -42,8 +42,8 @@ def norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def rotary_angles(
     positions: Int[Array | np.ndarray, "B T"], head_dim: int, base: float
-) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosine and sine of each position's rotation, one frequency per pair of channels.
+) -> tuple[Float[Array, "B T 1 C"], Float[Array, "B T 1 C"]]:
+    """Cosine, and sine with its sign, of each channel's rotation: one frequency per pair.
 
     Of positions in a NumPy array they are constants. XLA computes others again wherever they are
     multiplied: 64 times in a training step of depth 4.
@@ -51,14 +51,16 @@ def rotary_angles(
     xp = np if isinstance(positions, np.ndarray) else jnp
     frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angles = positions[:, :, None, None].astype(np.float32) * frequencies[None, None, None]
-    return jnp.asarray(xp.cos(angles)), jnp.asarray(xp.sin(angles))
+    cos, sin = xp.cos(angles), xp.sin(angles)
+    both = xp.concatenate([cos, cos], axis=-1), xp.concatenate([sin, -sin], axis=-1)
+    return jnp.asarray(both[0]), jnp.asarray(both[1])
 
 
 def apply_rotary(x: Float[Array, "B T H C"], cos: Array, sin: Array) -> Float[Array, "B T H C"]:
     """Rotate the pairs (x_i, x_{i + C/2}) by their position's angles (arXiv 2104.09864)."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
-    return turned.astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    other = jnp.roll(wide, x.shape[-1] // 2, axis=-1)  # of each pair
+    return (wide * cos + other * sin).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -139,8 +141,8 @@ class CausalSelfAttention(nnx.Module):
             assert value_embed is not None, "a layer with a gate needs its value embedding"
             gate = 3 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape).astype(v.dtype)
-        q = norm(apply_rotary(q, *cos_sin)) * self.qk_gain
-        k = norm(apply_rotary(k, *cos_sin)) * self.qk_gain
+        q = apply_rotary(norm(q), *cos_sin) * self.qk_gain
+        k = apply_rotary(norm(k), *cos_sin) * self.qk_gain
         if cache is None:
             stored, y = None, kernels.attention(q, k, v, window=self.window)
         else:

@@ -36,18 +36,19 @@ def norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
 
 def rotary_angles(
     positions: Int[Tensor, "B T"], head_dim: int, base: float
-) -> tuple[Float[Tensor, "B T 1 half"], Float[Tensor, "B T 1 half"]]:
-    """Cosine and sine of each position's rotation, one frequency per pair of channels."""
+) -> tuple[Float[Tensor, "B T 1 C"], Float[Tensor, "B T 1 C"]]:
+    """Cosine, and sine with its sign, of each channel's rotation: one frequency per pair."""
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[:, :, None, None].float() * base ** -(channels / head_dim)
-    return torch.cos(angles), torch.sin(angles)
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
 
 
 def apply_rotary(x: Float[Tensor, "B T H C"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H C"]:
     """Rotate the pairs (x_i, x_{i + C/2}) by their position's angles (arXiv 2104.09864)."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    turned = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-    return turned.to(x.dtype)
+    wide = x.float()
+    other = wide.roll(x.shape[-1] // 2, dims=-1)  # of each pair
+    return (wide * cos + other * sin).to(x.dtype)
 
 
 class Linear(nn.Module):
@@ -124,8 +125,8 @@ class CausalSelfAttention(nn.Module):
             assert value_embed is not None, "a layer with a gate needs its value embedding"
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape).to(v.dtype)
-        q = norm(apply_rotary(q, *cos_sin)) * self.qk_gain
-        k = norm(apply_rotary(k, *cos_sin)) * self.qk_gain
+        q = apply_rotary(norm(q), *cos_sin) * self.qk_gain
+        k = apply_rotary(norm(k), *cos_sin) * self.qk_gain
         if cache is None:
             stored, y = None, kernels.attention(q, k, v, window=self.window)
         else:
