@@ -133,10 +133,11 @@ def loss_and_grads(
         gradient = jax.value_and_grad(whole_loss)
         inputs, targets, _ = batch
         assert inputs is not None and targets is not None
-        total, grads = gradient(params, *jax.tree.map(lambda x: x[0], batch))
-        if len(inputs) > 1:
-            rest = jax.tree.map(lambda x: x[1:], batch)
-            (total, grads), _ = jax.lax.scan(accumulate, (total, grads), rest)
+        if len(inputs) == 1:
+            total, grads = gradient(params, *jax.tree.map(lambda x: x[0], batch))
+        else:  # all in one loop: of a first one before it, XLA would hold the activations as well
+            nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            (total, grads), _ = jax.lax.scan(accumulate, nothing, batch)
         count = jnp.sum(targets >= 0).astype(jnp.float32)
         if not alone:
             total, count = jax.lax.psum((total, count), rows)

@@ -199,6 +199,12 @@ def test_a_step_says_what_it_needs(backend, needs):
     assert least < needs[16].working < 100 * least
 
 
+def test_two_micro_batches_need_no_more_than_one(backend):
+    """XLA ran the first beside a loop of one round, and held the activations of both."""
+    one, two = (backend.step_memory((count, 8, 64)).working for count in (1, 2))
+    assert two < 1.2 * one
+
+
 def test_shares_of_a_device_are_counted():
     whole, divided = JaxBackend(SMALL, mesh="data=8"), JaxBackend(SMALL, mesh="fsdp=8")
     found = []
