@@ -24,7 +24,7 @@ from benchmarks.train_side import Side, Task
 
 SideName = Literal["jax", "torch", "torch.compile"]
 
-GPU_ROWS = {12: 32, 20: 16, 24: 8}
+GPU_ROWS = {12: 64, 20: 16, 24: 16}
 """Rows of a micro-batch by depth, for 80 GB without rematerialisation."""
 
 
