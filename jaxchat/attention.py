@@ -53,7 +53,7 @@ def attention(
 def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
     """cuDNN where it can run (NVIDIA, half precision, its head widths), blocked XLA elsewhere."""
     half = dtype in (jnp.bfloat16, jnp.float16)
-    fits = head_dim % 8 == 0 and head_dim <= (256 if devices.is_hopper() else 128)
+    fits = head_dim % 8 == 0 and head_dim <= (256 if devices.since_hopper() else 128)
     return "cudnn" if jax.default_backend() == "gpu" and half and fits else "blocked"
 
 

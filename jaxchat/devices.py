@@ -32,9 +32,12 @@ SEVERAL_GPUS: dict[str, bool | int] = {
 }
 """For the collectives of a training step."""
 
-
-GRAPHED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-"""What XLA launches as CUDA graphs when it decodes: its default, and loops."""
+GRAPHS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    )
+}
+"""What XLA launches as CUDA graphs when it decodes: loops too."""
 
 
 def compute_dtype(explicit: str | None = None) -> DTypeLike:
@@ -96,9 +99,9 @@ def claim_memory() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 
-def is_hopper() -> bool:
-    """H100, H200 and their kin."""
-    return _compute_capability() == 9.0
+def since_hopper() -> bool:
+    """H100, H200, and what came after them."""
+    return _compute_capability() >= 9.0
 
 
 def step_options(device_count: int) -> dict[str, bool | int] | None:
@@ -113,7 +116,7 @@ def decode_options() -> dict[str, str] | None:
 
     Outside of them a step would wait for its host at the loops of the sampler.
     """
-    return {"xla_gpu_enable_command_buffer": GRAPHED} if jax.default_backend() == "gpu" else None
+    return GRAPHS if jax.default_backend() == "gpu" else None
 
 
 def enable_compilation_cache() -> None:

@@ -41,7 +41,6 @@ def cross_entropy(
     The logits are `softcap * tanh(h W^T / softcap)`. A weight of 0 ignores its token. Gradients
     flow to `hidden` and `lm_head`.
     """
-
     matrix = lm_head.astype(hidden.dtype)
 
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -126,8 +125,8 @@ def _products(h: Float[Array, "*B D"], matrix: Float[Array, "P D"]) -> Float[Arr
 def _stored(*arrays: Array) -> tuple[Array, ...]:
     """What a GPU is to read from memory whenever it is needed.
 
-    XLA would compute the capped logits once and store them beside the others: a quarter of the
-    loss's time on an H200. On a CPU that is the better way.
+    XLA would compute the capped logits once and store them beside the others: 8 of the 46 ms that
+    the loss takes in a step of d12 on an H200. On a CPU that is the better way.
     """
     return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "gpu" else arrays
 

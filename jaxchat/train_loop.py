@@ -78,7 +78,7 @@ class LoopConfig:
     """Which steps are skipped, and how many at most."""
 
     def __post_init__(self) -> None:
-        check_positive(num_iterations=self.num_iterations, micro_batches=self.micro_batches)
+        check_positive(num_iterations=self.num_iterations)
         for name in ("eval_every", "save_every", "sample_every"):
             every = getattr(self, name)
             if every is not None and every < 1:

@@ -89,5 +89,5 @@ def test_a_step_on_a_mesh_may_call_cudnn(sizes, on_cpu, monkeypatch):
 )
 def test_cudnn_is_chosen_for_what_it_can_do(dtype, head_dim, hopper, kernel, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(devices, "is_hopper", lambda: hopper)
+    monkeypatch.setattr(devices, "since_hopper", lambda: hopper)
     assert attention.default_implementation(jnp.dtype(dtype), head_dim) == kernel

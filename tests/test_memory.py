@@ -298,9 +298,10 @@ def with_memory(backend, memory_bytes):
     return small
 
 
-def test_xla_knows_the_options_for_several_gpus():
+@pytest.mark.parametrize("options", [devices.SEVERAL_GPUS, devices.GRAPHS], ids=["step", "decode"])
+def test_xla_knows_the_options_for_gpus(options):
     """Their names are checked wherever XLA runs; what they gain takes GPUs to measure."""
-    double = jax.jit(lambda x: 2 * x, compiler_options=devices.SEVERAL_GPUS)
+    double = jax.jit(lambda x: 2 * x, compiler_options=options)
     assert double(jnp.float32(2)) == 4
     wrong = jax.jit(lambda x: 3 * x, compiler_options={"xla_gpu_no_such_option": True})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_option"):
