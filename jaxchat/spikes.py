@@ -5,6 +5,8 @@ not finite, or lies far above the rolling mean of the steps before it, leaves we
 state as they were. The step itself decides, on the device, against `Limits` that the host computed
 from older steps, so nobody waits. Metrics are read a step late: the limits of step t know the steps
 up to t - 2, also right after a resume, so a continued run skips what the whole run would have.
+Steps without a gradient (of a policy whose replies are all equally good) are no history: beside
+them, every step that teaches would be a spike.
 """
 
 import json
@@ -81,7 +83,7 @@ class SpikeGuard:
     def limits(self, step: int) -> Limits:
         """What optimizer step `step` may reach, by the steps up to `step` - 2."""
         old = [s for s in self._seen if step - 2 - self.rule.window < s.step <= step - 2]
-        good = [s for s in old if not s.skipped]
+        good = [s for s in old if not s.skipped and s.grad_norm > 0]
         if len(good) < self.rule.min_history:
             return NO_LIMITS
         return Limits(

@@ -47,6 +47,16 @@ def test_skipped_steps_do_not_move_the_mean():
     assert guard.limits(20).loss == pytest.approx(3 * 1.12)
 
 
+def test_steps_without_a_gradient_make_none_with_one_a_spike():
+    """A policy that is nearly always right: most steps have nothing to teach, some have."""
+    rng = np.random.default_rng(2)
+    teaches = rng.random(400) < 0.1
+    teaches[:40] = False
+    losses = np.where(teaches, rng.normal(0.01, 0.05, 400), 0.0)
+    norms = np.where(teaches, np.exp(rng.normal(-1, 0.5, 400)), 0.0)
+    fed(losses, norms, SpikeGuard(SpikeRule(max_skipped=1)))
+
+
 def test_ordinary_training_is_left_alone():
     """A loss that falls from 9 to 3 with noise and a gradient norm with a log-normal tail."""
     rng = np.random.default_rng(1)
