@@ -145,4 +145,6 @@ def _crossing(answers: Sequence[tuple[int, float]], limit: float) -> float:
         return math.inf
     first = 1 if fitting == 1 and len(answers) > 2 else fitting - 1
     (x1, y1), (x2, y2) = answers[first : first + 2]
+    if math.isinf(y2):  # it did not even compile
+        return math.sqrt(max(1, x1) * x2)
     return x1 + (limit - y1) * (x2 - x1) / (y2 - y1) if y2 > y1 else x1

@@ -4,9 +4,18 @@ The choice is made before the first step, from what the compiled step says it ne
 printed. A run that continues keeps the choice it began with, and so the order of its sums.
 """
 
+import math
+
 from jaxchat import runtime
 from jaxchat.backend import Backend
-from jaxchat.memory import USABLE, StepMemory, card_of, largest_that_fits, readable
+from jaxchat.memory import (
+    USABLE,
+    StepMemory,
+    card_of,
+    largest_that_fits,
+    ran_out_of_memory,
+    readable,
+)
 from jaxchat.plan import TrainingPlan
 
 UNKNOWN_MEMORY_TOKENS = 2**16
@@ -25,8 +34,8 @@ def settle_rows(
     """Rows per device and micro-batch: those asked for, those of `before`, or what fits.
 
     `before` is what the run, or the one it comes from, has used; it counts where it still divides
-    the batch. `card` names a preset of memory.py in place of the device's own memory. Call it
-    after `start_training`. ValueError, with the remedies, where not even one row fits.
+    the batch. `card` names a preset of memory.py, which may lower what the device allows. Call
+    it after `start_training`. ValueError, with the remedies, where not even one row fits.
     """
     devices = backend.devices.count
     rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
@@ -36,9 +45,14 @@ def settle_rows(
     chosen = before if asked is None and before in choices else asked
     needs: dict[int, StepMemory] = {}
 
-    def need(rows: int) -> int:
+    def need(rows: int) -> float:
         count = plan.total_batch_size // (rows * devices * sequence_len)
-        needed = backend.step_memory((count, rows * devices, sequence_len))
+        try:
+            needed = backend.step_memory((count, rows * devices, sequence_len))
+        except Exception as error:  # of several types; a TPU's compiler refuses what does not fit
+            if not ran_out_of_memory(error):
+                raise
+            return math.inf
         assert needed is not None, "a backend knows what steps need or does not"
         needs[rows] = needed
         return needed.total
@@ -52,7 +66,7 @@ def settle_rows(
     elif chosen in choices:
         need(chosen)
     if chosen is None:
-        raise ValueError(_nothing_fits(needs[1], limit))
+        raise ValueError(_nothing_fits(needs.get(1), limit))
     if chosen in needs:
         runtime.print0(_budget(chosen, needs, limit))
     return chosen
@@ -63,7 +77,7 @@ def _limit(backend: Backend, card: int | None) -> float | None:
     everywhere = backend.gather(backend.devices.memory_bytes)
     if None in everywhere:
         return None
-    return USABLE * (min(everywhere) if card is None else card_of(card).memory_bytes)
+    return USABLE * min(*everywhere, math.inf if card is None else card_of(card).memory_bytes)
 
 
 def _budget(rows: int, needs: dict[int, StepMemory], limit: float) -> str:
@@ -83,9 +97,9 @@ def _budget(rows: int, needs: dict[int, StepMemory], limit: float) -> str:
     return text
 
 
-def _nothing_fits(needed: StepMemory, limit: float) -> str:
+def _nothing_fits(needed: StepMemory | None, limit: float) -> str:
     return (
-        f"a step of one row at a time needs {needed} per device, and {readable(limit)} may be "
-        "used: save memory with --remat block and --offload-optimizer, divide the weights over "
-        "devices with --mesh fsdp=N, or lower --sequence-len or --depth"
+        f"a step of one row at a time needs {needed or 'more'} per device, and "
+        f"{readable(limit)} may be used: save memory with --remat block and --offload-optimizer, "
+        "divide the weights over devices with --mesh fsdp=N, or lower --sequence-len or --depth"
     )

@@ -252,10 +252,31 @@ def test_a_run_keeps_its_micro_batch_where_it_divides(backend, needs):
     assert settle_rows(small, PLAN, sequence_len=64, asked=0) == 0, "which it refuses"
 
 
-def test_a_card_takes_the_place_of_the_devices_memory(backend, capsys):
-    tiny = with_memory(backend, 1)
-    assert settle_rows(tiny, PLAN, sequence_len=64, card=8) == 16
+def test_a_card_is_no_larger_than_the_device(backend, needs, capsys):
+    large, small = (with_memory(backend, n) for n in (10**12, (needs[2].total + 1) / USABLE))
+    assert settle_rows(large, PLAN, sequence_len=64, card=8) == 16
     assert f"of {8 * USABLE:.3g} GB" in capsys.readouterr().out
+    assert settle_rows(small, PLAN, sequence_len=64, card=8) == 2
+
+
+@pytest.mark.parametrize("compiling", [1, 4, 0])
+def test_what_does_not_even_compile_does_not_fit(backend, monkeypatch, capsys, compiling):
+    """A TPU's compiler raises where a GPU's says how much would be needed."""
+    needed = backend.step_memory
+
+    def refused(shape):
+        if shape[1] > compiling:
+            raise RuntimeError("RESOURCE_EXHAUSTED: ran out of memory in memory space hbm")
+        return needed(shape)
+
+    monkeypatch.setattr(backend, "step_memory", refused)
+    large = with_memory(backend, 10**12)
+    if compiling:
+        assert settle_rows(large, PLAN, sequence_len=64) == compiling
+        assert f"--device-batch-size {compiling} needs" in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match="one row at a time needs more per device"):
+            settle_rows(large, PLAN, sequence_len=64)
 
 
 def test_without_a_known_memory_a_device_takes_65536_tokens(backend):
