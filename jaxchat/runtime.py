@@ -18,27 +18,27 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
     "TPU v6 lite": 918e12,
-    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
     "TPU v5 lite": 197e12,
     "TPU v4": 275e12,
 }
-"""Dense bf16 FLOP/s by device-kind substring, from the vendors' data sheets; first match wins."""
+"""Dense bf16 FLOP/s by part of a device kind, from the vendors' data sheets; the longest counts.
+JAX calls the v5p "TPU v5"."""
 
 NAMED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bf16 FLOP/s of one device; None where nobody states one (CPUs, unknown cards)."""
-    for name, peak in PEAK_FLOPS.items():
-        if name.lower() in device_kind.lower():
-            return peak
-    return None
+    names = [name for name in PEAK_FLOPS if name.lower() in device_kind.lower()]
+    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def requested_dtype(explicit: str | None) -> str | None:
@@ -135,9 +135,9 @@ def _first_host(nodes: str) -> str:
 def process_index() -> int:
     """This process among those of the run, from the launcher's environment (0 when alone).
 
-    torchrun says it in RANK.
+    torchrun says it in RANK, also below srun.
     """
-    started = launch()
+    started = None if "TORCHELASTIC_RUN_ID" in os.environ else launch()
     return int(os.environ.get("RANK", "0")) if started is None else started.index
 
 

@@ -10,6 +10,10 @@ def test_the_longest_name_of_a_card_decides_its_peak():
     assert runtime.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert runtime.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert runtime.peak_flops("NVIDIA A10") == 125e12
+    assert runtime.peak_flops("NVIDIA GB200") == 2500e12
+    assert runtime.peak_flops("NVIDIA L40") == 181e12
+    assert runtime.peak_flops("TPU v5") == 459e12  # v5p
+    assert runtime.peak_flops("TPU v5 lite") == 197e12
     assert runtime.peak_flops("cpu") is None
 
 
@@ -22,6 +26,21 @@ def test_an_explicit_dtype_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("JAXCHAT_DTYPE", "bf16")
     with pytest.raises(ValueError, match=r"'bf16'.*choose one of float32, bfloat16, float16"):
         runtime.requested_dtype(None)
+
+
+def test_torchrun_counts_where_srun_has_started_it(monkeypatch):
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_ID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+    }
+    for name, value in (slurm | {"RANK": "3"}).items():
+        monkeypatch.setenv(name, value)
+    assert runtime.process_index() == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert runtime.process_index() == 3
 
 
 @pytest.mark.parametrize(("rank", "prints"), [(None, True), ("0", True), ("3", False)])
