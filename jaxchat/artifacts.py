@@ -11,9 +11,9 @@ import hashlib
 import math
 import os
 import random
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +50,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` whole, when the block ends well, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # not by tempfile, whose files nobody else may read
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, mode) as file:
             yield file
@@ -124,11 +126,12 @@ def hub_url(repo: str, filename: str, *, revision: str = "main") -> str:
 
 
 def hub_file(repo: str, filename: str, *, timeout: float = 30.0) -> Remote:
-    """A hub file with the size and hash that the hub states (its `X-Linked-*` headers)."""
+    """A hub file with the size and hash that the hub states (its `X-Linked-*` headers).
+
+    FileNotFoundError, with the remedy, when the hub says no; OSError when it does not answer.
+    """
     url = hub_url(repo, filename)
-    answer = requests.head(url, headers=_auth(url), timeout=timeout, allow_redirects=False)
-    if answer.status_code in FINAL_STATUS:
-        raise FileNotFoundError(f"{url}: {FINAL_STATUS[answer.status_code]}")
+    answer = _ask_hub("HEAD", url, timeout)
     size = answer.headers.get("X-Linked-Size")
     etag = answer.headers.get("X-Linked-Etag", "").strip('"')
     return Remote(url, int(size) if size else None, etag if len(etag) == 64 else None)
@@ -137,17 +140,13 @@ def hub_file(repo: str, filename: str, *, timeout: float = 30.0) -> Remote:
 def hub_folder(repo: str, folder: str, *, timeout: float = 30.0) -> dict[str, Remote]:
     """The files of a folder of a data set by name, with the sizes and hashes that the hub states.
 
-    FileNotFoundError, with the remedy, when the hub says no; OSError when it cannot be reached.
+    Errors as in `hub_file`.
     """
     url = f"{_hub_endpoint()}/api/datasets/{repo}/tree/main/{folder}"
     try:
-        answer = requests.get(url, headers=_auth(url), timeout=timeout)
-        if answer.status_code in FINAL_STATUS:
-            raise FileNotFoundError(f"{url}: {FINAL_STATUS[answer.status_code]}")
-        answer.raise_for_status()
-        listed = answer.json()
-    except requests.RequestException as error:
-        raise OSError(f"{url} cannot be listed: {error}") from error
+        listed = _ask_hub("GET", url, timeout).json()
+    except requests.JSONDecodeError as error:
+        raise OSError(f"{url} answers with something else than a list: {error}") from error
     return {
         entry["path"].rpartition("/")[2]: Remote(
             hub_url(repo, entry["path"]), entry["size"], entry.get("lfs", {}).get("oid")
@@ -155,6 +154,27 @@ def hub_folder(repo: str, folder: str, *, timeout: float = 30.0) -> dict[str, Re
         for entry in listed
         if entry["type"] == "file"
     }
+
+
+def _ask_hub(method: str, url: str, timeout: float) -> requests.Response:
+    """A good answer, waited for as long as a busy hub wants; errors as in `hub_file`."""
+    attempt = 1
+    while True:
+        try:
+            answer = requests.request(
+                method, url, headers=_auth(url), timeout=timeout, allow_redirects=method == "GET"
+            )
+            _check_status(answer, url)
+            return answer
+        except _Final as error:
+            raise FileNotFoundError(str(error)) from error
+        except requests.RequestException as error:
+            raise OSError(f"{url} cannot be reached: {error}") from error
+        except _Retry as error:
+            if attempt > RETRIES:
+                raise OSError(f"{url} failed {attempt} times, last with: {error}") from error
+            _pause(error, attempt)
+            attempt += 1
 
 
 def download(
@@ -196,8 +216,7 @@ def download(
                         f"{remote.url} failed {attempt} times, last with: {error}; "
                         "run the same command again to continue"
                     ) from error
-                asked = getattr(error, "retry_after", 0.0)
-                time.sleep(max(asked, backoff * 2**attempt * random.uniform(0.5, 1)))
+                _pause(error, attempt, backoff)
 
 
 class _Final(Exception):
@@ -210,6 +229,12 @@ class _Retry(Exception):
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+def _pause(error: Exception, attempt: int, backoff: float = 1.0) -> None:
+    """Wait before another attempt: longer each time, and as long as the server asks at least."""
+    asked = getattr(error, "retry_after", 0.0)
+    time.sleep(max(asked, backoff * 2**attempt * random.uniform(0.5, 1)))
 
 
 def _transfer(remote: Remote, part: Path, on_bytes: Callable[[int], None], timeout: float) -> None:

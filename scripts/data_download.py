@@ -8,6 +8,7 @@ Downloads run in parallel, continue after interruptions, and are checked against
 and hashes. HF_ENDPOINT, HF_TOKEN and the usual proxy variables are honoured.
 """
 
+import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -136,33 +137,36 @@ def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
         TimeRemainingColumn(),
         console=console,
     )
-    failures = []
+    failures, unproved = [], []
     with bar, ThreadPoolExecutor(config.workers) as pool:
         whole = bar.add_task(f"0/{len(items)} files", total=0)
         jobs = [pool.submit(fetch_one, item, config.verify, bar, whole) for item in items]
         for done, (item, job) in enumerate(zip(items, jobs, strict=True), start=1):
             try:
-                job.result()
+                if not job.result():
+                    unproved.append(item.name)
             except OSError as error:
                 failures.append(f"{item.name}: {error}")
             bar.update(whole, description=f"{done}/{len(items)} files")
+    if unproved:
+        console.print(f"not verified, as nobody states size or hash: {', '.join(unproved)}")
     if failures:
         shown = "\n  ".join(failures[:10])
         raise OSError(f"{len(failures)} of {len(items)} downloads failed:\n  {shown}")
 
 
-def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> None:
-    """One file, its bytes added to the bar."""
+def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> bool:
+    """One file, its bytes added to the bar; False when it should have been verified and was not."""
     if item.path.exists() and not verify:
-        return
+        return True
     remote = item.remote or (hub_file(item.repo, item.name) if item.repo else Remote(item.url))
     if item.path.exists() and not sound(item.path, remote):
         item.path.unlink()
-    if item.path.exists():
-        return
-    if remote.size:
-        bar.update(whole, total=(bar.tasks[whole].total or 0) + remote.size)
-    download(remote, item.path, on_bytes=lambda n: bar.advance(whole, n))
+    if not item.path.exists():
+        if remote.size:
+            bar.update(whole, total=(bar.tasks[whole].total or 0) + remote.size)
+        download(remote, item.path, on_bytes=lambda n: bar.advance(whole, n))
+    return not verify or remote.size is not None or remote.sha256 is not None
 
 
 def sound(path: Path, remote: Remote) -> bool:
@@ -172,12 +176,29 @@ def sound(path: Path, remote: Remote) -> bool:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Extract a zip file; ValueError when a member would land outside of `directory`."""
-    with zipfile.ZipFile(archive) as bundle:
-        for name in bundle.namelist():
-            if not (directory / name).resolve().is_relative_to(directory.resolve()):
-                raise ValueError(f"{archive} holds {name!r}, which points outside: not unpacked")
-        bundle.extractall(directory)
+    """Extract a zip file: its folders appear whole, in place of those of the same name.
+
+    ValueError when a member would land outside of `directory`, or the archive is damaged.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f".{archive.name}.") as name:
+        staging, replaced = Path(name, "new"), Path(name, "old")
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                for member in bundle.namelist():
+                    if not (staging / member).resolve().is_relative_to(staging.resolve()):
+                        raise ValueError(
+                            f"{archive} holds {member!r}, which points outside: not unpacked"
+                        )
+                bundle.extractall(staging)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{archive} is damaged ({error}): delete it and try again") from error
+        replaced.mkdir()
+        for fresh in sorted(staging.iterdir()):
+            place = directory / fresh.name
+            if place.exists():
+                place.rename(replaced / fresh.name)
+            fresh.rename(place)
 
 
 if __name__ == "__main__":

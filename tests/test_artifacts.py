@@ -26,6 +26,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.requests, self.body, self.etag = [], [], BODY, '"v1"'
+        self.refusals, self.silent = [], False
+        """What HEAD answers at first, and whether it keeps size and hash to itself."""
 
     @property
     def url(self):
@@ -40,9 +42,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.server.requests.append(dict(self.headers))
-        self.send_response(200)
-        self.send_header("X-Linked-Size", str(len(self.server.body)))
-        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.server.body).hexdigest()}"')
+        self.send_response(self.server.refusals.pop(0) if self.server.refusals else 200)
+        if not self.server.silent:
+            self.send_header("X-Linked-Size", str(len(self.server.body)))
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.server.body).hexdigest()}"')
         self.end_headers()
 
     def do_GET(self):
@@ -192,6 +195,19 @@ def test_the_hub_states_size_and_hash_and_alone_gets_the_token(server, monkeypat
     assert artifacts._auth("http://elsewhere.example/a") == {}
 
 
+def test_a_busy_hub_is_asked_again_and_a_silent_one_is_no_proof(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(artifacts.time, "sleep", lambda _: None)
+    server.refusals = [429, 500, 503]
+    assert hub_file("me/set", "a.parquet").sha256 == SHA256
+    server.refusals = [429] * 20
+    with pytest.raises(OSError, match="failed 7 times, last with: HTTP 429"):
+        hub_file("me/set", "a.parquet")
+    server.refusals = [404]
+    with pytest.raises(FileNotFoundError, match=r"HTTP 404, .*check the name"):
+        hub_file("me/set", "a.parquet")
+
+
 @contextmanager
 def small_dataset(monkeypatch, last_shard=9):
     dataset = data_download.HubDataset("climbmix", "me/set", last_shard)
@@ -219,6 +235,12 @@ def test_the_script_fetches_shards_and_the_validation_shard(server, base_dir, mo
         (dataset.directory / names[0]).write_bytes(b"damaged")
         data_download.main(data_download.Config(num_shards=2, verify=True))
         assert (dataset.directory / names[0]).read_bytes() == server.body
+        assert "not verified" not in capsys.readouterr().out
+        server.silent = True
+        data_download.main(data_download.Config(num_shards=1, verify=True))
+        assert "not verified, as nobody states size or hash: shard_00000.parq" in (
+            capsys.readouterr().out
+        )
 
 
 def test_the_script_keeps_what_came_and_names_what_did_not(server, base_dir, monkeypatch):
@@ -240,6 +262,39 @@ def test_an_archive_that_points_outside_is_not_unpacked(tmp_path):
     with pytest.raises(ValueError, match="points outside"):
         data_download.unpack(tmp_path / "evil.zip", tmp_path / "inside")
     assert not (tmp_path / "outside.txt").exists()
+
+
+def test_an_archive_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    import zipfile
+
+    def pack(text):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("bundle/1.txt", text)
+            archive.writestr("bundle/2.txt", text)
+
+    def unpacked():
+        return {path.name: path.read_text() for path in (tmp_path / "to" / "bundle").iterdir()}
+
+    pack("old")
+    data_download.unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert unpacked() == {"1.txt": "old", "2.txt": "old"}
+    pack("new")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"new", b"bad", 1))
+    with pytest.raises(ValueError, match=r"a\.zip is damaged .*delete it and try again"):
+        data_download.unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert unpacked() == {"1.txt": "old", "2.txt": "old"}
+    (tmp_path / "a.zip").write_bytes(content)
+    data_download.unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert unpacked() == {"1.txt": "new", "2.txt": "new"}
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["bundle"]
+
+
+def test_what_is_written_others_may_read(tmp_path):
+    with atomic_write(tmp_path / "ours") as file:
+        file.write("x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path):
