@@ -81,7 +81,9 @@ def load_bundle(directory: Path) -> list[Task]:
 def _load_task(directory: Path, entry: dict[str, Any], baselines: dict[str, str]) -> Task:
     path = directory / "eval_data" / entry["dataset_uri"]
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             examples.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -134,7 +136,8 @@ def sequences(task: Task, index: int, tokenizer: Tokenizer, max_length: int) -> 
     """The token sequences of a question, cut on the left to `max_length`, with their spans."""
     encoded = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts(task, index)]
     if task.kind == "multiple_choice":
-        start = _common(encoded)
+        # a choice that is the beginning of all others is scored on its last token
+        start = min(_common(encoded), min(map(len, encoded)) - 1)
         spans = [Scored(ids, start, len(ids)) for ids in encoded]
     elif task.kind == "schema":
         shared = _common([ids[::-1] for ids in encoded])

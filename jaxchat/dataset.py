@@ -198,7 +198,7 @@ def _read_texts(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

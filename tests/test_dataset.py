@@ -39,6 +39,14 @@ def test_a_folder_of_text_splits_the_same_way_every_time(tmp_path):
     assert open_corpus(str(tmp_path)).fingerprint != first.fingerprint
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path):
+    texts = ["two\u2028lines", "next\x85line", "plain"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    corpus = open_corpus(str(tmp_path))
+    assert sorted(texts_of(corpus, "train") + texts_of(corpus, "val")) == sorted(texts)
+
+
 @pytest.mark.parametrize("line", ["{broken", '{"body": "x"}', '{"text": 3}', "[]"])
 def test_a_broken_line_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
