@@ -50,7 +50,7 @@ class Run:
     train_seconds: float
     """Time in training steps; evaluations and checkpoints left out."""
     core: float | None
-    """CORE, where it has been measured."""
+    """CORE, where it has been measured on all examples."""
     directory: Path
     """The folder of its checkpoints and metrics."""
 
@@ -71,12 +71,14 @@ def read_runs(pattern: str = "*") -> list[Run]:
 
 
 def read_run(directory: Path) -> Run | None:
-    """The run of one folder; None where it has not reached its horizon."""
+    """The run of one folder; None where it has not reached its horizon, or was made elsewhere."""
     store = CheckpointStore(directory)
     steps = store.steps()
     if not steps:
         return None
     meta = json.loads((store.path(steps[-1]) / META).read_text())
+    if "plan" not in meta:  # imported
+        return None
     model, plan = GPTConfig(**meta["model"]), meta["plan"]
     last = [
         row["val/bpb"]

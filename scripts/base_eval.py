@@ -1,7 +1,7 @@
 """The CORE metric of a base model: 22 in-context tasks, accuracy above guessing.
 
     python -m scripts.base_eval                              # the bundle of the base directory
-    python -m scripts.base_eval --bundle DIR --max-per-task 500
+    python -m scripts.base_eval --bundle DIR --max-per-task 500    # an estimate, called so
 
 Without a bundle it runs three small tasks over the embedded documentation instead, and says that
 those are not CORE. `python -m scripts.data_download --all` fetches the bundle.
@@ -69,18 +69,18 @@ def main(config: Config) -> None:
     )
     results = evaluate(config, model, tasks)
     metric = core_metric(results)
-    name = "CORE" if is_core else f"mean centred accuracy ({NOTE})"
+    label = metric_label(config, is_core=is_core)
+    name = label if is_core else f"mean centred accuracy ({label})"
     published = load_published(bundle) if is_core else {}
     table = tabulate(results, published)
     console = make_console()
     console.print(on_screen(table))
     console.print(f"{name}: {metric:.4f}")
-    label = "CORE" if is_core else NOTE
     for folder in (model.path, base_dir() / "report"):  # beside what was judged, and the newest
         write_csv(folder / f"{config.source}_eval.csv", results, label, metric)
     Report(base_dir()).add(
         f"{config.source}_eval",
-        f"{'CORE' if is_core else 'Embedded tasks, not CORE'} ({config.source})",
+        f"{label[0].upper()}{label[1:]} ({config.source})",
         [
             Text(f"{name}: {metric:.4f}, {config.source} step {model.meta['step']}"),
             table,
@@ -88,6 +88,13 @@ def main(config: Config) -> None:
         wall_seconds=time.monotonic() - started,
         figures={label: metric},
     )
+
+
+def metric_label(config: Config, *, is_core: bool) -> str:
+    """What the mean is called: CORE only where it is of all examples."""
+    if not is_core:
+        return NOTE
+    return "CORE" if config.max_per_task is None else f"CORE of {config.max_per_task} a task"
 
 
 def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[TaskResult]:

@@ -3,7 +3,8 @@
     python -m scripts.sweep_table --tags "mini_d*" -o mini.csv
     python -m scripts.sweep_table --tags gpt2_d24 --goal 0.256525
 
-CORE is there for the runs that `scripts.base_eval` has judged. What is still training is left out.
+CORE is there for the runs that `scripts.base_eval` has judged on all examples. What is still
+training is left out.
 """
 
 import csv
@@ -86,7 +87,7 @@ def judge(run: Run, goal: float) -> bool:
     """Say whether a run has passed the goal."""
     spent = f"{format_duration(run.train_seconds)} of training ({run.train_seconds:.0f} s)"
     if run.core is None:
-        print(f"{run.tag}: CORE not measured; run scripts.base_eval -g {run.tag}")
+        print(f"{run.tag}: CORE not measured on all examples; run scripts.base_eval -g {run.tag}")
         return False
     verdict = "passes" if run.core > goal else "does not pass"
     print(f"{run.tag}: CORE {run.core:.6f} {verdict} {goal} after {spent}")

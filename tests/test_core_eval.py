@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxchat import cli
 from jaxchat.config import GPTConfig
 from jaxchat.core_eval import batches, bucket_length, core_metric, evaluate_task
 from jaxchat.core_tasks import (
@@ -23,6 +24,7 @@ from jaxchat.embedded_tasks import embedded_tasks
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
 from jaxchat.tokenizer import Tokenizer
+from scripts import base_eval
 from tests.models import make_perturbed
 
 DATA = Path(os.environ.get("JAXCHAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -88,6 +90,15 @@ def test_spans_cover_exactly_what_differs(tokenizer):
     assert scored("multiple_choice", CHOICE) == [" blue.", " green."]
     assert scored("schema", SCHEMA) == [" ran.", " ran."]
     assert scored("language_modeling", LANGUAGE) == [" three"]
+
+
+def test_a_choice_that_begins_all_others_is_scored_too(tokenizer):
+    """Its span would be empty, and the mean of nothing wins every comparison."""
+    example = {**CHOICE, "choices": ["blue", "blue and"], "gold": 1}
+    first, second = sequences(task_of("multiple_choice", [example]), 0, tokenizer, 256)
+    assert second.ids[: len(first.ids)] == first.ids
+    assert (first.start, first.end) == (len(first.ids) - 1, len(first.ids))
+    assert (second.start, second.end) == (first.start, len(second.ids))
 
 
 def test_long_prompts_lose_their_beginning_not_their_span(tokenizer):
@@ -190,6 +201,15 @@ def test_a_model_that_knows_the_answers_gets_them_all(tokenizer):
     result = evaluate_task(Knowing(), tokenizer, task, max_examples=None, batch_tokens=128)
     assert (result.accuracy, result.examples) == (1.0, 5)
     assert core_metric([result]) == result.centered == 1.0
+
+
+def test_only_the_mean_of_all_examples_is_called_core():
+    def label(words, *, is_core):
+        return base_eval.metric_label(cli.parse(base_eval.Config, words), is_core=is_core)
+
+    assert label([], is_core=True) == "CORE"
+    assert label(["--max-per-task", "500"], is_core=True) == "CORE of 500 a task"
+    assert label([], is_core=False) == "embedded tasks, not CORE"
 
 
 def test_a_bundle_that_is_none_says_how_to_get_one(tmp_path):

@@ -158,6 +158,9 @@ def test_runs_are_read_from_what_training_leaves(base_dir):
     write_run(base_dir, "mini_d3", small, 1e12, 1.5, core=("embedded tasks, not CORE", 0.3))
     write_run(base_dir, "mini_d5", small, 1e12, 1.5, finished=False)
     write_run(base_dir, "other", small, 1e12, 1.5)
+    write_run(base_dir, "mini_imported", small, 1e12, 1.5)
+    (meta,) = base_dir.glob("base_checkpoints/mini_imported/step_*/meta.json")
+    meta.write_text(json.dumps({"model": asdict(small)}))
     (base_dir / "base_checkpoints" / "mini_d6").mkdir()
     first, second = scaling.read_runs("mini_*")
     assert (first.tag, first.core) == ("mini_d3", None)  # what is not CORE is not called so
@@ -289,7 +292,7 @@ def test_what_has_finished_is_skipped_and_what_failed_is_not(base_dir):
     assert not table.exists()
     changed = ledger(base_dir, f"{command} --goal 0")
     assert changed.returncode == 1  # no CORE, so the goal is missed
-    assert "mini_d4: CORE not measured" in changed.stdout
+    assert "mini_d4: CORE not measured on all examples" in changed.stdout
     assert {path.name for path in marks.iterdir()} == {"ab"}
 
 

@@ -68,7 +68,8 @@ train() {
         --keep-checkpoints 1 "${@:2}" ${extra[@]+"${extra[@]}"}
 }
 
-# core TAG: the CORE metric of a model; EVAL adds options, such as EVAL="--max-per-task 500".
+# core TAG: the CORE metric of a model; EVAL adds options, such as EVAL="--max-per-task 500", of
+# which the mean is an estimate that the table leaves out.
 core() {
     local extra
     read -ra extra <<<"${EVAL:-}"
