@@ -1,5 +1,6 @@
 """The server: answers, limits, errors, and what happens when clients or engines fail."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -17,7 +18,7 @@ from jaxchat.engine import Engine
 from jaxchat.reply import Reply
 from jaxchat.request import Completion, Event, Request
 from jaxchat.sampling_params import SamplingParams
-from jaxchat.server import worker
+from jaxchat.server import sse, worker
 from jaxchat.server.errors import ApiError
 from jaxchat.server.gate import RateLimit
 from jaxchat.server.logprobs import TokenLog
@@ -628,6 +629,35 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         last = stream.text.strip().split("\n\n")[-1]
         assert "longer than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
         one.wait_idle()
+
+
+def test_a_client_that_reads_slowly_is_told_that_its_time_is_over(monkeypatch):
+    write = sse._write
+
+    async def slowly(*arguments, **options):
+        await asyncio.sleep(0.5)
+        await write(*arguments, **options)
+
+    monkeypatch.setattr(sse, "_write", slowly)
+    with running(timeout_s=0.3) as one:
+        step = one.engine.step
+        one.engine.step = lambda: time.sleep(0.05) or step()
+        last = chat(one, **LONG, stream=True).text.strip().split("\n\n")[-1]
+        assert "longer than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        one.wait_idle()
+
+
+def test_a_prompt_that_fails_ends_its_siblings_in_the_stream(idle, monkeypatch):
+    score = idle.engine.score_prompt
+    monkeypatch.setattr(
+        idle.engine, "score_prompt", lambda ids: 1 / 0 if len(ids) == 2 else score(ids)
+    )
+    prompts = [[5, 6], [5, 6, 7], [5, 6, 7, 8]]
+    stream = complete(idle, prompt=prompts, echo=True, logprobs=1, stream=True, **LONG)
+    last = json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["type"] == "server_error"
+    idle.wait_idle()
+    wait_for(lambda: idle.pool.reserved == 0)
 
 
 def fail_once(function):

@@ -89,6 +89,13 @@ def _prompt(
     return request
 
 
+async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel what is under way and wait until it has ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class _Reply:
     """The answer to one request, in the making."""
 
@@ -110,9 +117,7 @@ class _Reply:
         try:
             groups = await asyncio.gather(*tasks)
         finally:  # one that fails ends its siblings
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
         choices = [choice for group in groups for choice in group]
         return AsciiJSON({**self._head(), "choices": choices, **self._usage()})
 
@@ -141,24 +146,29 @@ class _Reply:
 
     async def _merged(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The chunks of all prompts as they come."""
-        chunks: asyncio.Queue[list[dict[str, Any]]] = asyncio.Queue()
+        chunks: asyncio.Queue[list[dict[str, Any]] | None] = asyncio.Queue()
 
         async def forward(number: int) -> None:
             async with contextlib.aclosing(self._prompt(number)) as batches:
                 async for batch in batches:
                     chunks.put_nowait(batch)
 
-        gathered = asyncio.gather(*(forward(number) for number in range(len(self.prompts))))
-        gathered.add_done_callback(lambda _: chunks.put_nowait([]))
+        tasks = [asyncio.ensure_future(forward(number)) for number in range(len(self.prompts))]
+        for task in tasks:
+            task.add_done_callback(lambda _: chunks.put_nowait(None))
         try:
-            while not gathered.done() or not chunks.empty():
-                if batch := await chunks.get():
+            ended = 0
+            while ended < len(tasks):
+                batch = await chunks.get()
+                if batch is not None:
                     yield batch
-            gathered.result()
-        finally:
-            gathered.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await gathered
+                    continue
+                ended += 1
+                for task in tasks:
+                    if task.done():
+                        task.result()  # raises where it has failed
+        finally:  # one that fails ends its siblings
+            await _end(tasks)
 
     async def _prompt(self, number: int) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The chunks of one prompt; the first of each choice holds the echo."""

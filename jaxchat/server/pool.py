@@ -88,13 +88,19 @@ class Pool:
         stops. Closing the iterator frees the slots.
         """
         watch = self.metrics.watch(len(request.ids))
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._timeout_s
         stream = self._least_busy().submit(request)
         place.give_up(request.n)  # the worker counts them from here on
+        batches = stream.batches()
         try:
-            async with self._replying.limit(self._timeout_s):
-                async for batch in stream.batches():
-                    watch.saw(batch)
-                    yield batch
+            while True:
+                async with self._replying.limit(deadline - clock()):
+                    batch = await anext(batches, None)
+                if batch is None:
+                    break
+                watch.saw(batch)
+                yield batch
         except TimeoutError:
             self.metrics.ended("timeout")
             raise self._too_late() from None
