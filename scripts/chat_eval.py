@@ -83,7 +83,8 @@ def main(config: Config) -> None:
     results = evaluate(config, model, tasks)
     facts: dict[str, Value] = {
         "source": config.source,
-        "model_tag": config.model_tag,
+        "model_tag": model.tag,
+        "run": model.meta.get("run"),
         "step": model.meta["step"],
         "tokenizer": model.tokenizer.fingerprint,
         "max_problems": config.max_problems,

@@ -177,7 +177,7 @@ def train(
             | {
                 BASE_OPTIMIZER: asdict(Inherited.of(model.meta).optimizer),
                 "run": start["run"],
-                "config": asdict(config),
+                "config": asdict(config) | asdict(savings),
             },
             evaluate=lambda: measure(config, model, judged),
             agree=model.backend.agree,
@@ -197,7 +197,7 @@ def train(
 
 
 def plan_of(config: Config, model: LoadedModel, task: Task) -> tuple[TrainingPlan, OptimizerConfig]:
-    """How long, and the base run's rates at `lr_frac`; no weight decay."""
+    """How long, and the base run's rates at `lr_frac`; Muon decays no weights."""
     inherited = Inherited.of(model.meta)
     steps = config.num_iterations or max(1, len(task) // config.questions)
     plan = TrainingPlan(

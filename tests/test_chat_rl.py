@@ -65,6 +65,7 @@ def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
         .params
     )
     assert any(not np.array_equal(value, before[name]) for name, value in weights.items())
+    assert store.read_meta(STEPS)["config"]["remat"] == "none"  # a later stage inherits savings
     sections = {section.stage: section for section in Report(tmp_path).sections()}
     assert {"pass@1", "pass@2", "pass@4"} == set(sections["chat_rl"].figures)
 
