@@ -213,7 +213,7 @@ def _converse(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[b
     """Feed `text`, collect output, and end the process: its output, and what went wrong if so."""
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + limits.seconds
-    output, problem = b"", ""
+    output = b""
     try:
         # on a thread of its own the kernel would do this; a pipe holds 64 KiB, a program is less
         os.set_blocking(process.stdin.fileno(), False)
@@ -233,7 +233,7 @@ def _converse(process: subprocess.Popen, text: bytes, limits: Limits) -> tuple[b
                         continue
                     chunk = os.read(process.stdout.fileno(), 65536)
                     if not chunk:
-                        return output, problem
+                        return output, ""
                     output += chunk
                     if len(output) > limits.output_bytes:
                         return output[: limits.output_bytes], "it printed too much"

@@ -2,8 +2,8 @@
 
 The two stages differ in what they read and where they start, so a script brings a `Lesson` and its
 defaults, and everything else is here. What the options leave open is inherited from the run that
-the weights come from: batch sizes, learning rates, optimizer. Weight decay is off, as upstream's.
-Left out: what the conversations are (tasks/) and how they are packed (chat_packing.py).
+the weights come from: batch sizes, learning rates, optimizer. Muon's weight decay is off, as
+upstream's. Left out: what the conversations are (tasks/) and how they are packed (chat_packing.py).
 """
 
 import math

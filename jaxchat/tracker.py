@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import requests
+
 from jaxchat import runtime
 from jaxchat.artifacts import atomic_write, json_numbers
 
@@ -126,8 +128,11 @@ class _Wandb:
         # optional: `uv sync --extra track`
         import wandb  # pyrefly: ignore[missing-import]
 
-        # without a terminal to ask for a login, wandb would wait for ever or raise
-        mode = None if os.environ.get("WANDB_API_KEY") else "offline"
+        mode = None
+        if not (os.environ.get("WANDB_MODE") or _has_wandb_login()):
+            # without a terminal to ask for a login, wandb would wait for ever or raise
+            mode = "offline"
+            print("wandb has no key (wandb login, or WANDB_API_KEY): see wandb sync for this run")
         project = os.environ.get("WANDB_PROJECT", "jaxchat")
         self._run = wandb.init(project=project, name=run, config=dict(config), mode=mode)
 
@@ -136,6 +141,12 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _has_wandb_login() -> bool:
+    """Whether a key is at hand: in the environment, or where `wandb login` keeps it."""
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(url))
 
 
 class _TensorBoard:

@@ -1,9 +1,10 @@
 """One jitted, donated step: (state, batch) -> (state, metrics).
 
 Gradients accumulate over the micro-batches inside the jit, each device on its own rows; they meet
-in one sum per step, however many micro-batches there are. The loss is the mean over every counted
-target of the whole batch, so micro-batches of unequal counts weigh what they should. Weights turn
-it into a policy gradient: an advantage per token, and the same mean.
+in one sum per step, however many micro-batches there are; where weights are divided over `fsdp`, in
+one sum per micro-batch. The loss is the mean over every counted target of the whole batch, so
+micro-batches of unequal counts weigh what they should. Weights turn it into a policy gradient: an
+advantage per token, and the same mean.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,10 @@
 """Metrics: a file that reads as if nothing had happened, and guests that cannot do harm."""
 
 import json
+import sys
+from types import SimpleNamespace
+
+import pytest
 
 from jaxchat.tracker import Tracker, open_guests, read_metrics
 
@@ -54,9 +58,30 @@ def test_a_guest_that_fails_is_dropped_and_the_file_goes_on(tmp_path, capsys):
 
 
 def test_a_guest_that_cannot_start_is_no_reason_not_to_train(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert open_guests(wandb_run="x", tensorboard=None, config={}) == []
     assert "training goes on without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("login", "mode"),
+    [(None, "offline"), ("WANDB_API_KEY", None), ("netrc", None), ("WANDB_MODE", None)],
+)
+def test_wandb_is_offline_only_without_a_login_and_says_so(
+    tmp_path, monkeypatch, capsys, login, mode
+):
+    asked = {}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: asked.update(kw)))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if login == "netrc":
+        (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password key\n")
+    elif login:
+        monkeypatch.setenv(login, "online")
+    assert len(open_guests(wandb_run="x", tensorboard=None, config={})) == 1
+    assert asked["mode"] == mode
+    assert ("wandb has no key" in capsys.readouterr().out) == (mode == "offline")
 
 
 def test_nobody_asked_means_no_guest():
