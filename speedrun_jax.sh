@@ -8,7 +8,7 @@
 # stage continues from its last checkpoint.
 #
 #     JAXCHAT_TIER=node   8 GPUs: depth 24, ClimbMix, about three hours
-#     JAXCHAT_TIER=gpu    one or a few GPUs: depth 12, ClimbMix, about two hours on one H100
+#     JAXCHAT_TIER=gpu    some GPUs, or TPUs: depth 12, ClimbMix, about two hours on one H100
 #     JAXCHAT_TIER=cpu    a laptop: a small model on the documentation of its own libraries, minutes
 #                         (on a Mac with PyTorch on its GPU, elsewhere with JAX)
 #     JAXCHAT_TIER=smoke  tests: the same stages on a toy, under three minutes
@@ -28,17 +28,31 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
     gpu_memory_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1)
 fi
+# tpu_chips FOLDER: chips on the PCI bus, by the vendor and device ids that JAX looks for too.
+tpu_chips() {
+    local vendor count=0
+    for vendor in "$1"/*/vendor; do
+        [[ -r "$vendor" && "$(<"$vendor")" == 0x1ae0 ]] || continue
+        case "$(<"${vendor%vendor}device")" in
+        0x0027 | 0x0056 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) count=$((count + 1)) ;;
+        esac
+    done
+    echo "$count"
+}
+tpus=$(tpu_chips /sys/bus/pci/devices)
 if [[ -n "${JAXCHAT_TIER:-}" ]]; then
     why="JAXCHAT_TIER asks for it"
 elif ((gpus >= 8)); then
     JAXCHAT_TIER=node why="$gpus GPUs found"
 elif ((gpus >= 1)); then
     JAXCHAT_TIER=gpu why="$gpus GPU(s) found"
+elif ((tpus >= 1)); then
+    JAXCHAT_TIER=gpu why="$tpus TPU chip(s) found"
 elif [[ "$(uname -s)" == Darwin ]]; then
     # There --backend defaults to torch, which uses the Mac's GPU (MPS): jaxchat/backend.py.
     JAXCHAT_TIER=cpu why="a Mac, so on PyTorch"
 else
-    JAXCHAT_TIER=cpu why="no NVIDIA GPU found"
+    JAXCHAT_TIER=cpu why="neither an NVIDIA GPU nor a TPU found"
 fi
 
 # Training takes as many rows at a time as a card holds; small cards have a preset that saves memory.
@@ -47,7 +61,7 @@ if ((gpus && gpu_memory_mib < 12000)); then fit=(--card 8)
 elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16); fi
 
 extras=()
-((gpus > 0)) && extras=(--extra gpu)
+if ((gpus)); then extras=(--extra gpu); elif ((tpus)); then extras=(--extra tpu); fi
 
 case "$JAXCHAT_TIER" in
 node)

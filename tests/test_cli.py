@@ -112,6 +112,21 @@ def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
     assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
 
 
+def test_tpu_chips_are_counted_among_googles_devices(tmp_path):
+    import subprocess
+
+    ids = [("0x1ae0", "0x0063"), ("0x1ae0", "0x006f"), ("0x1ae0", "0x0042"), ("0x10de", "0x0063")]
+    for number, (vendor, device) in enumerate(ids):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(vendor + "\n")
+        (tmp_path / str(number) / "device").write_text(device + "\n")
+    script = (ROOT / "speedrun_jax.sh").read_text()
+    count = script[script.index("tpu_chips() {") : script.index("tpus=$(")]
+    for folder, expected in ((tmp_path, "2\n"), (tmp_path / "0" / "empty", "0\n")):
+        told = subprocess.check_output(["bash", "-euc", f'{count}tpu_chips "{folder}"'], text=True)
+        assert told == expected
+
+
 def test_every_written_command_parses():
     commands = list(written_commands())
     assert {name for name, _ in commands} >= {"README.md", "base_train.py"}
