@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from jaxchat.chat_packing import PackingStats, rows_per_epoch
 from jaxchat.checkpoint import (
     CheckpointStore,
     LoadedModel,
-    fresh_start,
     load_arrays,
     load_model,
     stage_directory,
@@ -39,10 +39,11 @@ from jaxchat.report import KeyValues, Report, Table
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
+from jaxchat.stage_run import begin, carry_out
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.tracker import METRICS, open_tracker, read_metrics
-from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.tracker import METRICS, read_metrics
+from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import series, training_parts
 
 SAMPLE_TOKENS = 64
@@ -115,8 +116,7 @@ def _train(run: _Run) -> None:
     backend.start_training(run.optimizer, plan, savings)
     if options.warm_start:
         load_arrays(backend, run.model.path, run.model.meta, training=True)
-    restored = run.store.restore(backend, run.facts) if options.resume == "auto" else None
-    start = restored or fresh_start()
+    start = begin(run.store, backend, run.facts, resume=options.resume)
     rows = settle_rows(
         backend,
         plan,
@@ -139,42 +139,21 @@ def _train(run: _Run) -> None:
         sample_every=options.sample_every,
     )
     _describe(run, loop, start["step"])
-    if options.resume == "never":
-        run.store.set_aside(backend)
-    tracker = open_tracker(
-        run.store.directory,
+    result = carry_out(
+        run.store,
+        backend,
+        loop,
+        start,
+        open_loader=partial(_train_loader, run),
+        schedule=lambda step: schedule_at(step, run.schedule, plan),
+        meta={**run.facts, BASE_OPTIMIZER: asdict(run.inherited.optimizer)},
+        config=_settled(run) | asdict(savings),
+        resume=options.resume,
         run=options.run,
         tensorboard=options.tensorboard,
-        config=asdict(options),
-        resume_step=start["step"],
+        evaluate=lambda: {"val/bpb": _validate(run, rows)},
+        sample=lambda: _sample(run),
     )
-    with _train_loader(run, start["loader"]) as loader:
-        stage = Stage(
-            backend=backend,
-            loader=loader,
-            schedule=lambda step: schedule_at(step, run.schedule, plan),
-            store=run.store,
-            tracker=tracker,
-            meta={
-                **run.facts,
-                BASE_OPTIMIZER: asdict(run.inherited.optimizer),
-                "run": start["run"],
-                "config": _settled(run) | asdict(savings),
-            },
-            evaluate=lambda: {"val/bpb": _validate(run, rows)},
-            sample=lambda: _sample(run),
-            agree=backend.agree,
-        )
-        result = run_loop(
-            stage,
-            loop,
-            start_step=start["step"],
-            train_seconds=start["train_seconds"],
-            guard_state=start.get("guard"),
-        )
-    tracker.close()
-    if result.interrupted:
-        raise SystemExit(EXIT_INTERRUPTED)
     _report(run, result, time.monotonic() - started)
 
 

@@ -11,12 +11,13 @@ would have given, bit for bit.
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
-from jaxchat.checkpoint import CheckpointStore, fresh_start, stage_directory
+from jaxchat.checkpoint import CheckpointStore, stage_directory
 from jaxchat.config import (
     ASPECT_RATIO,
     HEAD_DIM,
@@ -38,9 +39,10 @@ from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
+from jaxchat.stage_run import begin, carry_out
 from jaxchat.tokenizer import Tokenizer
-from jaxchat.tracker import METRICS, open_tracker, read_metrics
-from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.tracker import METRICS, read_metrics
+from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import training_parts
 
 PROMPTS = (
@@ -169,8 +171,7 @@ def train(config: Config, store: CheckpointStore) -> None:
     backend.init(config.seed)
     savings = savings_of(config.card, config.remat, config.offload_optimizer)
     backend.start_training(optimizer, plan, savings)
-    restored = store.restore(backend, facts) if config.resume == "auto" else None
-    start = restored or fresh_start()
+    start = begin(store, backend, facts, resume=config.resume)
     rows = settle_rows(
         backend,
         plan,
@@ -182,38 +183,22 @@ def train(config: Config, store: CheckpointStore) -> None:
     config = replace(config, device_batch_size=rows, **asdict(savings))
     loop = loop_of(config, backend, plan, rows)
     describe(config, backend, plan, loop, start["step"])
-    if config.resume == "never":
-        store.set_aside(backend)
-    tracker = open_tracker(
-        store.directory,
+    result = carry_out(
+        store,
+        backend,
+        loop,
+        start,
+        open_loader=partial(train_loader, config, corpus, tokenizer, plan, backend),
+        schedule=lambda step: schedule_at(step, schedule, plan),
+        meta=facts,
+        config=asdict(config),
+        resume=config.resume,
         run=config.run,
         tensorboard=config.tensorboard,
-        config=asdict(config),
-        resume_step=start["step"],
+        evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
+        sample=lambda: sample(backend, tokenizer),
+        best_by="val/bpb",
     )
-    with train_loader(config, corpus, tokenizer, plan, backend, start["loader"]) as loader:
-        stage = Stage(
-            backend=backend,
-            loader=loader,
-            schedule=lambda step: schedule_at(step, schedule, plan),
-            store=store,
-            tracker=tracker,
-            meta=facts | {"run": start["run"], "config": asdict(config)},
-            evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
-            sample=lambda: sample(backend, tokenizer),
-            agree=backend.agree,
-            best_by="val/bpb",
-        )
-        result = run_loop(
-            stage,
-            loop,
-            start_step=start["step"],
-            train_seconds=start["train_seconds"],
-            guard_state=start.get("guard"),
-        )
-    tracker.close()
-    if result.interrupted:
-        raise SystemExit(EXIT_INTERRUPTED)
     report(config, backend, plan, store, result, time.monotonic() - started)
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 from jaxchat import cli, runtime
@@ -21,7 +22,6 @@ from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import (
     CheckpointStore,
     LoadedModel,
-    fresh_start,
     load_model,
     stage_directory,
 )
@@ -31,10 +31,11 @@ from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
+from jaxchat.stage_run import begin, carry_out
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
-from jaxchat.tracker import METRICS, open_tracker, read_metrics
-from jaxchat.train_loop import EXIT_INTERRUPTED, LoopConfig, LoopResult, Stage, run_loop
+from jaxchat.tracker import METRICS, read_metrics
+from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import series
 
 SCHEDULE = ScheduleConfig(warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0)
@@ -139,59 +140,29 @@ def train(
     plan, optimizer = plan_of(config, model, task)
     loop = loop_of(config, model, plan)
     facts = facts_of(config, model, task, plan, optimizer)
-    savings = Inherited.of(model.meta).savings_on(model.backend.name)
+    inherited = Inherited.of(model.meta)
+    savings = inherited.savings_on(model.backend.name)
     model.backend.start_training(optimizer, plan, savings)
-    restored = store.restore(model.backend, facts) if config.resume == "auto" else None
-    start = restored or fresh_start()
+    start = begin(store, model.backend, facts, resume=config.resume)
     runtime.print0(
         f"reinforcement learning of {model.tag} from {config.source} step {model.meta['step']} on "
         f"{len(task):,} questions of {task.name}: {plan.num_iterations:,} steps of "
         f"{config.questions} x {config.samples} replies on {model.backend.devices.description}"
     )
-    if config.resume == "never":
-        store.set_aside(model.backend)
-    tracker = open_tracker(
-        store.directory,
+    result = carry_out(
+        store,
+        model.backend,
+        loop,
+        start,
+        open_loader=partial(train_loader, config, model, task),
+        schedule=lambda step: schedule_at(step, SCHEDULE, plan),
+        meta=facts | {BASE_OPTIMIZER: asdict(inherited.optimizer)},
+        config=asdict(config) | asdict(savings),
+        resume=config.resume,
         run=config.run,
         tensorboard=config.tensorboard,
-        config=asdict(config),
-        resume_step=start["step"],
+        evaluate=lambda: measure(config, model, judged),
     )
-    with RolloutLoader(
-        task,
-        model.backend,
-        model.tokenizer,
-        config.rollouts(),
-        seed=config.seed,
-        process_index=model.backend.devices.process,
-        process_count=model.backend.devices.processes,
-        state=start["loader"],
-    ) as loader:
-        stage = Stage(
-            backend=model.backend,
-            loader=loader,
-            schedule=lambda step: schedule_at(step, SCHEDULE, plan),
-            store=store,
-            tracker=tracker,
-            meta=facts
-            | {
-                BASE_OPTIMIZER: asdict(Inherited.of(model.meta).optimizer),
-                "run": start["run"],
-                "config": asdict(config) | asdict(savings),
-            },
-            evaluate=lambda: measure(config, model, judged),
-            agree=model.backend.agree,
-        )
-        result = run_loop(
-            stage,
-            loop,
-            start_step=start["step"],
-            train_seconds=start["train_seconds"],
-            guard_state=start.get("guard"),
-        )
-    tracker.close()
-    if result.interrupted:
-        raise SystemExit(EXIT_INTERRUPTED)
     if runtime.is_first_process():
         report(config, model, task, store, result, time.monotonic() - started)
 
@@ -245,6 +216,21 @@ def facts_of(
         "rollouts": asdict(config.rollouts()),
         "seed": config.seed,
     }
+
+
+def train_loader(
+    config: Config, model: LoadedModel, task: Task, state: Mapping[str, Any] | None
+) -> RolloutLoader:
+    return RolloutLoader(
+        task,
+        model.backend,
+        model.tokenizer,
+        config.rollouts(),
+        seed=config.seed,
+        process_index=model.backend.devices.process,
+        process_count=model.backend.devices.processes,
+        state=state,
+    )
 
 
 def measure(config: Config, model: LoadedModel, judged: Task) -> Mapping[str, float]:

@@ -1,0 +1,95 @@
+"""A stage's run, from its first step or its newest checkpoint to its last step or a signal.
+
+What the training scripts do alike once they know what their stage is made of; that is theirs
+(base_train and chat_rl) and finetune.py's.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+from jaxchat.backend import Backend
+from jaxchat.checkpoint import CheckpointStore, fresh_start
+from jaxchat.schedule import StepSchedule
+from jaxchat.tracker import open_tracker
+from jaxchat.train_loop import (
+    EXIT_INTERRUPTED,
+    Loader,
+    LoopConfig,
+    LoopResult,
+    Samples,
+    Stage,
+    run_loop,
+)
+
+OpenLoader: TypeAlias = Callable[[Mapping[str, Any] | None], AbstractContextManager[Loader]]
+"""A loader that continues at a state; at the beginning where that is None."""
+
+
+def begin(
+    store: CheckpointStore, backend: Backend, facts: Mapping[str, Any], *, resume: str
+) -> dict[str, Any]:
+    """Where a run starts: the meta of its newest checkpoint, which `backend` then holds.
+
+    `facts` is what the run is made of; ValueError when the checkpoint is of another one. Fresh with
+    `resume` "never".
+    """
+    restored = store.restore(backend, facts) if resume == "auto" else None
+    return restored or fresh_start()
+
+
+def carry_out(
+    store: CheckpointStore,
+    backend: Backend,
+    loop: LoopConfig,
+    start: Mapping[str, Any],
+    *,
+    open_loader: OpenLoader,
+    schedule: Callable[[int], StepSchedule],
+    meta: Mapping[str, Any],
+    config: Mapping[str, Any],
+    resume: str,
+    run: str | None,
+    tensorboard: bool,
+    evaluate: Callable[[], Mapping[str, float]],
+    sample: Callable[[], Samples] | None = None,
+    best_by: str | None = None,
+) -> LoopResult:
+    """Train from `start` on; `config`, the options as they came to be, is saved beside `meta`.
+
+    `run` is a name for Weights & Biases; the callables and `best_by` are `Stage`'s. Exits with
+    EXIT_INTERRUPTED after a signal.
+    """
+    if resume == "never":
+        store.set_aside(backend)
+    tracker = open_tracker(
+        store.directory,
+        run=run,
+        tensorboard=tensorboard,
+        config=config,
+        resume_step=start["step"],
+    )
+    with open_loader(start["loader"]) as loader:
+        stage = Stage(
+            backend=backend,
+            loader=loader,
+            schedule=schedule,
+            store=store,
+            tracker=tracker,
+            meta={**meta, "run": start["run"], "config": config},
+            evaluate=evaluate,
+            sample=sample,
+            agree=backend.agree,
+            best_by=best_by,
+        )
+        result = run_loop(
+            stage,
+            loop,
+            start_step=start["step"],
+            train_seconds=start["train_seconds"],
+            guard_state=start.get("guard"),
+        )
+    tracker.close()
+    if result.interrupted:
+        raise SystemExit(EXIT_INTERRUPTED)
+    return result
