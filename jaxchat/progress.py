@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxchat import runtime
 
 LOG_LINES = 100
 """Lines a whole run prints when its output is not a terminal."""
+
+BAR_WIDTH = 16
 
 LOG_WIDTH = 140
 """Columns of a table when the output is not a terminal."""
@@ -34,13 +36,13 @@ class TrainingProgress:
         self._started = time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=BAR_WIDTH),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=num_steps, completed=start_step)
+        self._task = self._bar.add_task("", total=num_steps, completed=start_step, left="?")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -50,13 +52,20 @@ class TrainingProgress:
         self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, str]) -> None:
-        """Show the figures of `step` (steps done so far)."""
-        text = " | ".join(f"{name} {value}" for name, value in figures.items())
-        text += f" | left {self._remaining(step)}"
-        self._bar.update(self._task, completed=step, description=text)
+        """Show the figures of `step` (steps done so far), the most important ones first.
+
+        A narrow terminal shows as many of them as there is room for.
+        """
+        shown, left = [f"{name} {value}" for name, value in figures.items()], self._remaining(step)
+        taken = len(f"step {self.num_steps}/{self.num_steps}  left {left} ") + BAR_WIDTH
+        fitting = list(shown)
+        while len(" | ".join(fitting)) > self._console.width - taken and len(fitting) > 1:
+            fitting.pop()
+        self._bar.update(self._task, completed=step, description=" | ".join(fitting), left=left)
         due = step % self._every == 0 or step in (self.start_step + 1, self.num_steps)
         if due and not self._console.is_terminal:
-            runtime.print0(f"step {step}/{self.num_steps} | {text}")
+            line = [f"step {step}/{self.num_steps}", *shown, f"left {left}"]
+            runtime.print0(" | ".join(line))
 
     def say(self, message: str) -> None:
         """A line above the bar."""

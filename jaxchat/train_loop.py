@@ -212,21 +212,31 @@ class _Clock:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._last: float | None = None
+        self._started = self._last = 0.0
+        self._laps: int | None = None
+        """Since the start; None while the clock stands."""
 
     def start(self) -> None:
-        if self._last is None:
-            self._last = time.monotonic()
+        if self._laps is None:
+            self._started = self._last = time.monotonic()
+            self._laps = 0
 
     def lap(self) -> float:
-        assert self._last is not None, "lap() before start()"
+        """Seconds since the lap before."""
+        assert self._laps is not None, "lap() before start()"
         now = time.monotonic()
         elapsed, self._last = now - self._last, now
         self.seconds += elapsed
+        self._laps += 1
         return elapsed
 
-    def stop(self) -> None:
-        self._last = None
+    def stop(self) -> float:
+        """Take the last lap; returns the mean of all since the start, where the last means little:
+        a step that had ended before it was asked for takes no time of its own."""
+        self.lap()
+        assert self._laps is not None
+        mean, self._laps = (self._last - self._started) / self._laps, None
+        return mean
 
 
 class _Pending(NamedTuple):
@@ -269,15 +279,15 @@ class _MetricsReader:
             "train/epoch": float(stage.loader.epoch),
             **batch.figures,
         }
-        self._log_pending(progress)
+        self._log_pending(progress, self._clock.lap)
         self._pending = _Pending(step, metrics, facts, batch, position, schedule)
 
     def flush(self, progress: TrainingProgress) -> None:
         """Log the newest step and stop the clock."""
-        self._log_pending(progress)
-        self._clock.stop()
+        self._log_pending(progress, self._clock.stop)
 
-    def _log_pending(self, progress: TrainingProgress) -> None:
+    def _log_pending(self, progress: TrainingProgress, seconds: Callable[[], float]) -> None:
+        """`seconds` is asked when the step has ended."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -285,7 +295,7 @@ class _MetricsReader:
         values = {name: float(np.asarray(value)) for name, value in pending.metrics.items()}
         skipped = bool(values.pop("skipped"))
         scalars = {f"train/{name}": value for name, value in values.items()}
-        speed = facts["train/batch_tokens"] / self._clock.lap()
+        speed = facts["train/batch_tokens"] / seconds()
         scalars |= facts | {"train/tokens_per_second": speed}
         if skipped:
             scalars["train/skipped"] = 1.0
@@ -337,21 +347,22 @@ class _MetricsReader:
             ) from None
 
     def _figures(self, scalars: Mapping[str, float], extra: Mapping[str, float]) -> dict[str, str]:
-        """What the progress line shows; the loss is a debiased moving average."""
+        """What the progress line shows, by importance; the loss is a debiased moving average."""
         if "train/skipped" not in scalars:
             self._smooth_loss = 0.9 * self._smooth_loss + 0.1 * scalars["train/loss"]
             self._bias *= 0.9
         figures = {
             "loss": f"{self._smooth_loss / max(1 - self._bias, 0.1):.4f}",
-            "lr x": f"{scalars['train/lr_multiplier']:.2f}",
             "tok/s": f"{scalars['train/tokens_per_second']:,.0f}",
-            "epoch": f"{scalars['train/epoch']:.0f}",
         }
         for name, value in {**extra, **self.validation}.items():
             figures[name.replace("/", " ").removeprefix("train ")] = f"{value:.4f}"
         if "train/mfu" in scalars:
             figures["MFU"] = f"{100 * scalars['train/mfu']:.1f}%"
-        return figures
+        return figures | {
+            "lr x": f"{scalars['train/lr_multiplier']:.2f}",
+            "epoch": f"{scalars['train/epoch']:.0f}",
+        }
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import time
 from contextlib import closing
 
 import numpy as np
@@ -134,6 +135,15 @@ def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
         assert row["train/mfu"] == pytest.approx(speed * 1000.0 / 1e9)
     assert [row["step"] for row in rows if "val/bpb" in row] == [0, 3]
     assert "reward 0.2500" in capsys.readouterr().out
+
+
+def test_the_speed_of_the_last_step_before_a_pause_is_no_fancy(diary):
+    """A backend that has computed when a step returns is asked for its last figures at once."""
+    diary.on_step = lambda _: time.sleep(0.02)
+    _, rows = diary.run(num_iterations=6, eval_every=3)
+    speeds = [row["train/tokens_per_second"] for row in rows if "train/loss" in row]
+    assert len(speeds) == 6
+    assert max(speeds) < 1.2 * 32 / 0.02
 
 
 def test_a_step_is_read_after_the_next_has_been_dispatched(diary):
