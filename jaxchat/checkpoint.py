@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxchat import peers, runtime
 from jaxchat.artifacts import atomic_write, base_dir, claim
@@ -294,19 +294,52 @@ def _difference(saved: Any, wanted: Any) -> str:
     return f"{saved}, now {wanted}"
 
 
-def find_model_tag(source: str) -> str:
-    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form."""
+def model_tags(source: str) -> list[str]:
+    """The models of a stage; FileNotFoundError, with the remedy, when there is none."""
     folder = stage_directory(source, ".")
-    tags = [path.name for path in folder.glob("*") if CheckpointStore(path).steps()]
+    tags = sorted(path.name for path in folder.glob("*") if CheckpointStore(path).steps())
     if not tags:
         raise FileNotFoundError(
             f"no {source} model in {folder}: train one with "
             f"python -m scripts.{STAGE_SCRIPTS[source]}"
         )
+    return tags
+
+
+def find_model_tag(source: str) -> str:
+    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form."""
+    tags, folder = model_tags(source), stage_directory(source, ".")
     depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
     if depths:
         return max(depths, key=lambda tag: depths[tag])
     return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
+
+
+class Found(NamedTuple):
+    """A checkpoint that is there."""
+
+    tag: str
+    store: CheckpointStore
+    step: int
+
+
+def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Found:
+    """A stage's model by tag and step, or the deepest and the newest.
+
+    Costs nothing: to be asked before slow work. FileNotFoundError says what is there instead.
+    """
+    tag = model_tag or find_model_tag(source)
+    store = CheckpointStore(stage_directory(source, tag))
+    steps = store.steps()
+    if not steps:
+        known = ", ".join(model_tags(source))
+        raise FileNotFoundError(f"no {source} model {tag!r} in {store.directory.parent}: {known}")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise FileNotFoundError(
+            f"no checkpoint of step {step} in {store.directory}; steps there: {known}"
+        )
+    return Found(tag, store, steps[-1] if step is None else step)
 
 
 def load_model(
@@ -323,15 +356,7 @@ def load_model(
 
     `device`: the one local device to put them on; None uses all of them, shared as `mesh` says.
     """
-    tag = model_tag or find_model_tag(source)
-    store = CheckpointStore(stage_directory(source, tag))
-    steps = store.steps()
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"no checkpoint {'' if step is None else f'of step {step} '}in {store.directory}; "
-            f"steps there: {', '.join(map(str, steps)) or 'none'}"
-        )
-    step = steps[-1] if step is None else step
+    tag, store, step = find_checkpoint(source, model_tag, step)
     meta = store.read_meta(step)
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     check_tokenizer(meta, tokenizer, store.path(step))

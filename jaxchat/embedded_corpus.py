@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxchat import runtime
 from jaxchat.artifacts import base_dir, lock
 
 DISTRIBUTIONS = (
@@ -64,6 +65,7 @@ def ensure_embedded_corpus() -> Path:
     with lock(directory):
         if _is_of(directory, versions):  # by the one that we waited for
             return directory
+        runtime.print0("reading the documentation of the installed libraries, once: some seconds")
         staging = directory.with_suffix(".tmp")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

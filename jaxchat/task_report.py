@@ -47,7 +47,8 @@ def compact(table: Table) -> Table:
         facts = dict(zip(COLUMNS, row, strict=True))
         shares = (_percent(facts[name]) for name in ("guessing", "ended", "called"))
         rows.append([facts["task"], _cell(row), *shares, facts["note"]])
-    return Table(["task", "% [95%] of problems", "guessing", "ended", "called", "note"], rows)
+    columns = ["task", "% [95%] of problems", "guessing", "ended", "called", "note"]
+    return Table(columns, rows, "* is above guessing")
 
 
 def with_earlier_rows(

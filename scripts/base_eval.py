@@ -20,7 +20,7 @@ from rich.table import Table as ScreenTable
 from jaxchat import cli, runtime
 from jaxchat.artifacts import atomic_write, base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import LoadedModel, load_model
+from jaxchat.checkpoint import LoadedModel, find_checkpoint, load_model
 from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
 from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
@@ -61,6 +61,7 @@ class Config:
 def main(config: Config) -> None:
     """Evaluate, print the table, write the CSV, and add a section to the report."""
     started = time.monotonic()
+    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     bundle = config.bundle or base_dir() / "eval_bundle"
     is_core = config.bundle is not None or bundle.is_dir()
     tasks = load_bundle(bundle) if is_core else embedded_tasks(open_corpus("embedded"))

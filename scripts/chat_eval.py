@@ -20,7 +20,7 @@ from rich.table import Table as ScreenTable
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import LoadedModel, load_model
+from jaxchat.checkpoint import LoadedModel, find_checkpoint, load_model
 from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
 from jaxchat.report import KeyValues, Report, Table, Text, Value
@@ -76,6 +76,7 @@ class Config:
 def main(config: Config) -> None:
     """Evaluate, print the table, and add the stage and the comparison to the report."""
     started = time.monotonic()
+    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     tasks = choose_tasks(config)
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
@@ -87,7 +88,6 @@ def main(config: Config) -> None:
         "run": model.meta.get("run"),
         "step": model.meta["step"],
         "tokenizer": model.tokenizer.fingerprint,
-        "max_problems": config.max_problems,
     }
     report = Report(base_dir())
     table = with_earlier_rows(result_table(results), facts, report.sections(), config.source)
@@ -151,7 +151,7 @@ def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
 
 
 def on_screen(table: Table) -> ScreenTable:
-    shown = ScreenTable(*table.columns)
+    shown = ScreenTable(*table.columns, caption=table.caption or None)
     for row in table.rows:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
     return shown

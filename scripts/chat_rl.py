@@ -22,6 +22,7 @@ from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import (
     CheckpointStore,
     LoadedModel,
+    find_checkpoint,
     load_model,
     stage_directory,
 )
@@ -118,6 +119,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, measure, and add a section to the report."""
+    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     source = config.data or default_source()
     task, judged = rl_tasks(source)
     model = load_model(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxchat import cli
+from jaxchat.checkpoint import find_checkpoint
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
 from jaxchat.tasks.customjson import IDENTITY
@@ -38,6 +39,7 @@ class Config(FinetuneOptions):
 
 def main(config: Config) -> None:
     """Train on the mixture, and add a section to the report."""
+    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     source = config.data or default_source()
     lesson = Lesson(
         stage="sft",

@@ -221,6 +221,8 @@ def test_a_step_that_is_not_there_lists_those_that_are(base_dir):
     saved(stage_directory("base", "d4"))
     with pytest.raises(FileNotFoundError, match="steps there: 10, 20, 30"):
         checkpoint.load_model("base", backend="jax", model_tag="d4", step=11)
+    with pytest.raises(FileNotFoundError, match=r"no base model 'd9' in .*: d4"):
+        checkpoint.load_model("base", backend="jax", model_tag="d9")
     meta = json.loads((stage_directory("base", "d4") / "step_000010/meta.json").read_text())
     assert meta["backend"] == "file"
 

@@ -134,6 +134,14 @@ def test_every_written_command_parses():
         parse(words)
 
 
+@pytest.mark.parametrize("name", ["base_eval", "chat_eval", "mid_train", "chat_sft", "chat_rl"])
+def test_a_stage_out_of_order_says_so_before_any_slow_work(name, base_dir, monkeypatch):
+    monkeypatch.setattr("jaxchat.embedded_corpus.harvest", lambda: pytest.fail("slow work"))
+    module = importlib.import_module(f"scripts.{name}")
+    with pytest.raises(FileNotFoundError, match=r"no (base|mid|sft) model in .*: train one with"):
+        module.main(module.Config())
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_option(name, capsys):
     module = importlib.import_module(f"scripts.{name}")
