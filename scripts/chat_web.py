@@ -84,18 +84,19 @@ class Config:
 
 def main(config: Config) -> None:
     """Load each model once for every replica and serve."""
-    logging.basicConfig(level=logging.INFO, format=serve.LINES)
+    logging.basicConfig(level=logging.WARNING, format=serve.LINES)
+    logging.getLogger("jaxchat").setLevel(logging.INFO)
     found = stages(config)
     names = {stage: f"{stage}-{tag}" for stage, tag in found.items()}
     first, *others = found
     settings = server_settings(config, names[first])
     engines = {stage: load_engines(config, stage, tag) for stage, tag in found.items()}
     place = "every address" if _everywhere(config.host) else config.host
-    print(f"{', '.join(names.values())} at http://{config.host}:{config.port}", flush=True)
     if config.host not in LOOPBACK and not settings.api_keys:
         print(f"warning: {place} is open to others and no API key is asked for", flush=True)
     app = create_app(engines[first], settings, {names[stage]: engines[stage] for stage in others})
-    serve.run(app, host=config.host, port=config.port, grace_s=config.grace_s)
+    shown = ", ".join(names.values())
+    serve.run(app, host=config.host, port=config.port, grace_s=config.grace_s, name=shown)
 
 
 def stages(config: Config) -> dict[str, str]:

@@ -168,7 +168,7 @@ backend.devices = lambda: None
 backend.devices.description = "none"
 app = create_app([engine], ServerSettings("stuck"))
 pool.STOP_S = 0.5
-serve.run(app, host="127.0.0.1", port=int(sys.argv[2]), grace_s=int(sys.argv[1]))
+serve.run(app, host="127.0.0.1", port=int(sys.argv[2]), grace_s=int(sys.argv[1]), name="m")
 """
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -96,7 +97,9 @@ class Gate:
             path = getattr(route, "path", "(none)")
             self._families.answered(path, status)
             seconds = time.perf_counter() - start
-            log.info("%s %s %d %.3fs", scope["method"], path, status, seconds)
+            quiet = route is None and status < HTTPStatus.BAD_REQUEST  # the page's files
+            level = logging.DEBUG if quiet else logging.INFO
+            log.log(level, "%s %s %d %.3fs", scope["method"], path, status, seconds)
 
     def _admit(self, scope: Scope) -> None:
         """ApiError for a request that goes no further."""

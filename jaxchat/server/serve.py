@@ -88,13 +88,18 @@ def make_server(app: FastAPI, *, host: str, port: int, grace_s: int) -> Server:
     return Server(app, config, grace_s=grace_s)
 
 
-def run(app: FastAPI, *, host: str, port: int, grace_s: int) -> None:
-    """Serve until a signal comes; from then on signals are ignored until the process is gone."""
+def run(app: FastAPI, *, host: str, port: int, grace_s: int, name: str) -> None:
+    """Serve `name` until a signal comes; then signals are ignored until the process is gone.
+
+    OSError, with the remedy, where nobody can listen at that address.
+    """
     server = make_server(app, host=host, port=port, grace_s=grace_s)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        with socket.create_server((host, port), family=_family(host)) as listener:
+        with _listen(host, port) as listener:
+            at = f"[{host}]" if ":" in host else host
+            print(f"{name} at http://{at}:{listener.getsockname()[1]}", flush=True)
             for number in SIGNALS:
                 signal.signal(number, lambda *_: loop.call_soon_threadsafe(server.stop))
             try:
@@ -113,6 +118,16 @@ def leave() -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=_family(host))
+    except OSError as error:
+        raise OSError(
+            f"cannot listen at {host}:{port}: {error.strerror}; --port and --host name another "
+            "address"
+        ) from error
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -153,6 +153,8 @@ class Worker:
         except Exception:  # the server stays up and says that it is not ready
             log.exception("%s failed to warm up", self.name)
             self.failed = True
+        else:
+            log.info("%s is ready", self.name)
         self.warm = True
         while self._take_commands():
             if self._scores:  # one between two steps: nobody's reply stalls for a list of prompts
