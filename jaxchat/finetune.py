@@ -275,8 +275,7 @@ def _sample(run: _Run) -> list[tuple[str, str]]:
     conversations = [{"messages": [{"role": "user", "content": q}]} for q in run.lesson.questions]
     requests = [Request(render_for_completion(run.tokenizer, c), params) for c in conversations]
     replies = Engine(run.backend, run.tokenizer).complete(requests)
-    whole = ["".join(part["text"] for part in reply.parts) for reply in replies]
-    return list(zip(run.lesson.questions, whole, strict=True))
+    return [(q, r.transcript) for q, r in zip(run.lesson.questions, replies, strict=True)]
 
 
 def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:

@@ -28,6 +28,9 @@ class Request:
     """Tokens that end the reply, besides `assistant_end` and `bos`."""
 
 
+LEAD = {"python": "\n>>> ", "python_output": "\n", "text": "\n"}
+"""What a terminal shows where a reply changes from one kind of part to another."""
+
 Alternatives = tuple[tuple[int, float], ...]
 """(token, log-probability) of the likeliest tokens, best first."""
 
@@ -79,6 +82,16 @@ class Completion:
     def text(self) -> str:
         """The reply without tool calls and their output."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
+    @property
+    def transcript(self) -> str:
+        """The whole reply as a terminal shows it, calls and their output on lines of their own; an
+        ellipsis ends one that was cut off."""
+        shown, before = "", "text"
+        for part in self.parts:
+            shown += (LEAD[part["type"]] if part["type"] != before else "") + part["text"]
+            before = part["type"]
+        return shown + ("…" if self.finish_reason == "length" else "")
 
     @property
     def sampled(self) -> list[bool]:

@@ -9,6 +9,7 @@ engine continues from what its cache holds.
 """
 
 import contextlib
+import re
 import signal
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -19,7 +20,7 @@ from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import load_model
 from jaxchat.conversation import check_conversation, render_for_completion
 from jaxchat.engine import Engine
-from jaxchat.request import Completion, Request
+from jaxchat.request import LEAD, Completion, Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.tokenizer import Tokenizer
 
@@ -33,8 +34,7 @@ HELP = """\
 /help              this list
 Ctrl-C stops a reply, Ctrl-D leaves."""
 
-LEAD = {"python": "\n>>> ", "python_output": "\n", "text": "\n"}
-"""What is printed where a reply changes from one kind of part to another."""
+COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,17 @@ def converse(session: "Session") -> None:
         try:
             if line is None:
                 print("\n(Ctrl-D leaves)", end="")
-            elif line.startswith("/"):
+            elif is_command(line):
                 print(session.command(line))
             elif line:
                 session.say(line)
         except ValueError as error:
             print(f"error: {error}")
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is meant for this program: it begins with a command, or is a word like one."""
+    return line.split(" ")[0] in COMMANDS or re.fullmatch("/[a-z]+", line) is not None
 
 
 class CtrlC:

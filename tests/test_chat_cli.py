@@ -169,6 +169,17 @@ def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, 
     assert "There is no /nothing." in out
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        *(("/help", True), ("/topk", True), ("/topk 50", True), ("/temperature hot today", True)),
+        *(("/nothing", True), ("/etc holds what?", False), ("/etc/hosts", False), ("/", False)),
+    ],
+)
+def test_a_slash_alone_makes_no_command(line, expected):
+    assert chat_cli.is_command(line) == expected
+
+
 def test_old_turns_are_dropped_where_the_context_ends(capsys):
     chat = session(script("a reply"), sequence_len=64)
     for _ in range(6):
