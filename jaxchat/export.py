@@ -178,8 +178,9 @@ A small language model trained with jaxchat. It runs on transformers' {kind}.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(PATH)
-model = AutoModelForCausalLM.from_pretrained(PATH{trust})
+path = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
+model = AutoModelForCausalLM.from_pretrained(path{trust})
 {_usage(source)}
 ```
 

@@ -152,7 +152,11 @@ def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
         console.print(f"not verified, as nobody states size or hash: {', '.join(unproved)}")
     if failures:
         shown = "\n  ".join(failures[:10])
-        raise OSError(f"{len(failures)} of {len(items)} downloads failed:\n  {shown}")
+        raise OSError(
+            f"{len(failures)} of {len(items)} downloads failed:\n  {shown}\n"
+            "The same command continues; HF_ENDPOINT names a mirror, and --dataset embedded needs "
+            "no network."
+        )
 
 
 def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> bool:

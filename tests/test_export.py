@@ -1,6 +1,7 @@
 """Exported folders are whole, say the truth about the model, and come back bit for bit."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,17 @@ def test_the_card_shows_the_results_of_this_model(saved, base_dir, tmp_path):
     assert "| stage and step | sft, 40 |" in card
     assert "split_special_tokens=True" in card and "`<|python_start|>`" in card
     assert ("trust_remote_code=True" in card) == (saved.config != saved.config.classic())
+
+
+def test_the_card_tells_how_to_use_the_folder(saved, tmp_path, monkeypatch, capsys):
+    """Its code, carried out there; nothing is asked, as nobody is there to answer."""
+    run(tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    exec(compile(code, "README.md", "exec"), {})
+    assert "<|user_start|>Why is the sky blue?" in capsys.readouterr().out
 
 
 def test_the_card_does_not_show_another_models_results(saved, base_dir, tmp_path):
