@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-import numpy as np
-
 from jaxchat import peers, runtime
 from jaxchat.artifacts import json_numbers
 from jaxchat.backend import Backend
@@ -138,8 +136,27 @@ def run_loop(
     A run that loses one of its processes exits with `peers.EXIT_LOST`.
     """
     backend = stage.backend
-    with peers.exit_when_one_is_lost(backend.devices.processes, backend.gather):
+    with (
+        peers.exit_when_one_is_lost(backend.devices.processes, backend.gather),
+        _keeping_what_is_saved(stage.store),
+    ):
         return _run(stage, config, start_step, train_seconds, guard_state)
+
+
+@contextmanager
+def _keeping_what_is_saved(store: CheckpointStore) -> Iterator[None]:
+    """Let a checkpoint that is being written arrive, whatever ends the run meanwhile.
+
+    An interpreter that exits would break the writers off.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            store.finish()
+        except Exception as error:  # the first error is the one to hear of
+            print(f"warning: the newest checkpoint could not be written: {error}", flush=True)
+        raise
 
 
 def _run(
@@ -292,7 +309,7 @@ class _MetricsReader:
             return
         pending, self._pending = self._pending, None
         step, facts = pending.step + 1, pending.facts
-        values = {name: float(np.asarray(value)) for name, value in pending.metrics.items()}
+        values = {name: float(value) for name, value in pending.metrics.items()}
         skipped = bool(values.pop("skipped"))
         scalars = {f"train/{name}": value for name, value in values.items()}
         speed = facts["train/batch_tokens"] / seconds()

@@ -3,6 +3,7 @@
 tests/virtual_mps.py says what is checked at every operation, and what only the device can tell.
 """
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 
 from jaxchat import sampling
 from jaxchat.backend import DecodeBatch
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
+from jaxchat.dataloader import Batch
 from jaxchat.plan import TrainingPlan
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
+from jaxchat.tracker import METRICS, Tracker, read_metrics
+from jaxchat.train_loop import LoopConfig, Stage, run_loop
 from tests.virtual_mps import kernels, virtual_mps
 from torch_ref.torch_backend import TorchBackend
 
@@ -87,6 +92,39 @@ def test_the_whole_backend_keeps_to_what_mps_can_do(preset, tmp_path, monkeypatc
     assert len(rules.seen) > 50
     for mine, theirs in zip(answers, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=0.02)
+
+
+class Loader:
+    """Batches of random ids."""
+
+    epoch, position = 0, None
+
+    def __next__(self):
+        ids = np.random.default_rng(0).integers(0, 300, (4, 65), dtype=np.int32)
+        return Batch(ids[:, :-1], ids[:, 1:].copy())
+
+    def state(self, position=None):
+        return {}
+
+
+def test_the_loop_reads_the_figures_of_a_step(tmp_path, monkeypatch):
+    with virtual_mps(monkeypatch), closing(Tracker(tmp_path / METRICS)) as tracker:
+        backend = TorchBackend(replace(MODERN, n_layer=1))
+        backend.init(0)
+        backend.start_training(OptimizerConfig(), PLAN)
+        stage = Stage(
+            backend=backend,
+            loader=Loader(),
+            schedule=lambda step: schedule_at(step, ScheduleConfig(), PLAN),
+            store=CheckpointStore(tmp_path),
+            tracker=tracker,
+            meta={},
+            evaluate=lambda: {"val/bpb": 1.0},
+        )
+        run_loop(stage, LoopConfig(num_iterations=3, micro_batches=2, flops_per_token=1.0))
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / METRICS) if "train/loss" in row]
+    assert len(losses) == 3
+    assert 0 < losses[-1] < losses[0] < 7
 
 
 def test_evaluation_needs_the_memory_of_8192_tokens_however_many_there_are(monkeypatch):

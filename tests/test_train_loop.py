@@ -27,9 +27,9 @@ class OnItsWay:
     def __init__(self, value, on_read):
         self.value, self.on_read = value, on_read
 
-    def __array__(self, dtype=None, copy=None):
+    def __float__(self):
         self.on_read()
-        return np.asarray(self.value, np.float32)
+        return float(self.value)
 
 
 class Diary:
@@ -135,6 +135,17 @@ def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
         assert row["train/mfu"] == pytest.approx(speed * 1000.0 / 1e9)
     assert [row["step"] for row in rows if "val/bpb" in row] == [0, 3]
     assert "reward 0.2500" in capsys.readouterr().out
+
+
+def test_what_is_being_saved_arrives_whatever_ends_the_run(diary):
+    def fail(step):
+        if step == 3:
+            raise ValueError("bad data")
+
+    diary.on_step = fail
+    with pytest.raises(ValueError, match="bad data"):
+        diary.run(num_iterations=4, save_every=2)
+    assert diary.entries == ["evaluate", "train", "train", "save 2 after 2", "train", "finish"]
 
 
 def test_the_speed_of_the_last_step_before_a_pause_is_no_fancy(diary):
