@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ META = "meta.json"
 
 BEST = "best.json"
 """Which checkpoint has validated best."""
+
+DAMAGED = ".damaged"
+"""How the folder of a checkpoint ends that could not be read."""
 
 REPLACED = "replaced-"
 """How the folders begin that hold earlier runs of the same name, inside the run's own."""
@@ -105,6 +108,7 @@ class CheckpointStore:
         """
         with peers.exit_when_one_is_lost(backend.devices.processes):
             steps = backend.gather(self.steps())[0]
+        skipped: list[Path] = []
         for step in reversed(steps):
             meta, why = None, "another process cannot read it"
             try:
@@ -116,8 +120,10 @@ class CheckpointStore:
             except Exception as error:  # whatever a damaged file makes the readers raise
                 meta, why = None, f"it cannot be read: {error}"
             if not _on_any_process(backend, meta is None):
+                self._rename_damaged(skipped)
                 return meta
             print(f"warning: skipping {self.path(step)}, {why}", flush=True)
+            skipped.append(self.path(step))
         if steps:
             raise OSError(
                 f"none of the checkpoints in {self.directory} can be read (steps "
@@ -125,6 +131,14 @@ class CheckpointStore:
                 "with --resume never"
             )
         return None
+
+    def _rename_damaged(self, paths: Sequence[Path]) -> None:
+        """Their numbers are higher than those of what will be saved next, which they would hide."""
+        for path in paths if runtime.is_first_process() else ():
+            target = path.with_suffix(DAMAGED)
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            print(f"it is now {target}: delete it unless you can mend it", flush=True)
 
     def set_aside(self, backend: Backend) -> None:
         """Move what an earlier run left into `replaced-<time>`, for a run that starts anew.
@@ -238,7 +252,8 @@ class CheckpointStore:
             if target.exists():
                 shutil.rmtree(target)
             staging.rename(target)
-            for step in self.steps()[: -self.keep]:
+            until_now = [step for step in self.steps() if self.path(step) <= target]
+            for step in until_now[: -self.keep]:
                 if step != self.best():
                     shutil.rmtree(self.path(step))
         except BaseException as error:  # handed to the caller by finish()

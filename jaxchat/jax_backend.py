@@ -107,7 +107,7 @@ class JaxBackend:
         self._writers["params"].save(directory / "params", self.params)
         if self._opt_state is not None:
             self._writers["optimizer"].save(directory / "optimizer", self._opt_state)
-        if self.devices.platform == "cpu":
+        if any(_is_on_host(x) for x in jax.tree.leaves((self.params, self._opt_state))):
             self.wait()  # the writer may read host arrays in place, and the next step donates them
 
     def load(self, directory: Path) -> None:
@@ -272,6 +272,12 @@ class JaxBackend:
 def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mapping[str, Any]]:
     """The model's graph and the shapes of its weights, without allocating them."""
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
+
+
+def _is_on_host(array: jax.Array) -> bool:
+    """On a CPU, or in the host memory of another device."""
+    kind = array.sharding.memory_kind
+    return jax.default_backend() == "cpu" or kind in ("pinned_host", "unpinned_host")
 
 
 def _device_bytes(arrays: Any) -> int:

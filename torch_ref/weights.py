@@ -38,10 +38,11 @@ def set_params(model: GPT, params: Mapping[str, np.ndarray]) -> None:
 def save_folder(directory: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write dicts of tensors as files of `directory`; a new folder appears complete or not at all.
 
-    Into a folder that exists already, each file arrives whole.
+    Into a folder that exists already, each file arrives whole; what a killed save leaves is in it.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    place = directory if directory.exists() else directory.parent
+    place.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=place))
     try:
         for name, tensors in files.items():
             with (staging / name).open("wb") as file:
