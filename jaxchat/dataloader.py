@@ -228,7 +228,10 @@ class _Reader:
 
     def tokens(self, addresses: Sequence[Address]) -> list[np.ndarray]:
         """bos and the tokens of each document, (n + 1,) int32."""
-        texts = [self.texts(a.shard, a.group)[a.row] for a in addresses]
+        texts = [""] * len(addresses)
+        for i in sorted(range(len(addresses)), key=lambda i: addresses[i]):  # every group once
+            a = addresses[i]
+            texts[i] = self.texts(a.shard, a.group)[a.row]
         bos = np.array([self.tokenizer.bos_id], np.int32)
         encoded = self.tokenizer.encode_batch(texts)
         return [np.concatenate([bos, ids.astype(np.int32)]) for ids in encoded]

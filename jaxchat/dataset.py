@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxchat.artifacts import base_dir
@@ -91,8 +92,14 @@ class ParquetCorpus(Corpus):
         return found
 
     def read_group(self, split: str, shard: int, group: int) -> list[str]:
-        table = pq.ParquetFile(self._files[split][shard]).read_row_group(group, columns=["text"])
-        return table["text"].to_pylist()
+        path = self._files[split][shard]
+        column = pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"]
+        if column.null_count:
+            raise ValueError(
+                f"{path}: {column.null_count} rows of row group {group} have no text (null); write "
+                "the file again without them"
+            )
+        return column.to_pylist()
 
 
 class FolderCorpus(Corpus):
@@ -181,9 +188,23 @@ def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
             f"{directory} holds one parquet file; split it in two: the last one in order of name "
             "is validated on, the others are trained on"
         )
+    for path in files:
+        _check_parquet(path)
     facts = " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
     fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
     return ParquetCorpus(str(directory), fingerprint, {"train": files[:-1], "val": files[-1:]})
+
+
+def _check_parquet(path: Path) -> None:
+    """ValueError, naming the file, for one without a column of strings called `text`."""
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file, or damaged: {error}") from error
+    kind = schema.field("text").type if "text" in schema.names else None
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise ValueError(f"{path} has no column `text` of strings, but {found}")
 
 
 def _text_files(directory: Path) -> list[Path]:

@@ -54,33 +54,26 @@ FORMAT = 2
 
 
 def ensure_embedded_corpus() -> Path:
-    """The folder of the corpus, harvested when it is missing or the libraries have changed.
+    """The folder of the corpus, harvested when there is none of these versions of the libraries.
 
-    Of several processes one harvests and the others wait for it.
+    Each set of versions has a folder of its own: somebody may be training on another. Of several
+    processes one harvests and the others wait for it.
     """
-    directory = base_dir() / "data" / "embedded"
     versions = installed_versions()
-    if _is_of(directory, versions):
+    digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:8]
+    directory = base_dir() / "data" / f"embedded-{digest}"
+    if directory.exists():
         return directory
     with lock(directory):
-        if _is_of(directory, versions):  # by the one that we waited for
+        if directory.exists():  # by the one that we waited for
             return directory
         runtime.print0("reading the documentation of the installed libraries, once: some seconds")
         staging = directory.with_suffix(".tmp")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write_corpus(staging, harvest(), versions)
-        shutil.rmtree(directory, ignore_errors=True)
         staging.rename(directory)
     return directory
-
-
-def _is_of(directory: Path, versions: dict[str, str]) -> bool:
-    try:
-        manifest = (directory / "manifest.json").read_text()
-    except FileNotFoundError:
-        return False
-    return json.loads(manifest)["versions"] == versions
 
 
 def installed_versions() -> dict[str, str]:

@@ -50,6 +50,22 @@ def ids(batches):
     return [batch[:2] for batch in batches]
 
 
+def test_a_continued_loader_reads_every_group_about_once(monkeypatch):
+    """The buffer is in order of length, in which neighbours are of different groups."""
+    corpus = corpus_of(documents=24_000, groups=400)
+    loader = loader_of(corpus)
+    with loader:
+        next(loader)
+        state = loader.state()
+    reads = []
+    read = corpus.read_group
+    monkeypatch.setattr(corpus, "read_group", lambda *where: reads.append(where) or read(*where))
+    with loader_of(corpus, state=state) as again:
+        next(again)
+    assert len(set(reads)) > 4 * NUM_STREAMS
+    assert len(reads) < 1.5 * len(set(reads))
+
+
 texts = st.lists(st.text(st.characters(codec="ascii"), max_size=40), min_size=1, max_size=40)
 slow = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 

@@ -1,6 +1,7 @@
 """Corpora: folders, hub shards and the embedded documentation, and what is said when one is bad."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -59,6 +60,29 @@ def test_an_empty_folder_and_an_unknown_name_say_what_would_do(tmp_path):
         open_corpus(str(tmp_path))
     with pytest.raises(ValueError, match=r"neither one of climbmix, fineweb-edu, embedded nor"):
         open_corpus("clmbmix")
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [(pa.table({"body": ["x"]}), "body (string)"), (pa.table({"text": [1]}), "text (int64)")],
+)
+def test_a_parquet_file_without_texts_is_named(tmp_path, table, found):
+    write_shard(tmp_path / "a.parquet", ["x"])
+    bad = tmp_path / "b.parquet"
+    pq.write_table(table, bad)
+    message = f"{bad} has no column `text` of strings, but {found}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_corpus(str(tmp_path))
+    bad.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=re.escape(f"{bad} is no parquet file, or damaged")):
+        open_corpus(str(tmp_path))
+
+
+def test_a_row_without_text_is_named(tmp_path):
+    write_shard(tmp_path / "a.parquet", ["x", "y", None, "z"])
+    write_shard(tmp_path / "b.parquet", ["x"])
+    with pytest.raises(ValueError, match=r"a\.parquet: 1 rows of row group 1 have no text"):
+        texts_of(open_corpus(str(tmp_path)), "train")
 
 
 def test_parquet_folders_validate_on_their_last_file(tmp_path):
@@ -138,6 +162,10 @@ def test_the_embedded_corpus_is_harvested_once_per_set_of_versions(base_dir, lib
     monkeypatch.setattr(embedded_corpus, "installed_versions", lambda: versions)
     with pytest.raises(pytest.fail.Exception, match="harvested again"):
         open_corpus("embedded")
+    document = dict.fromkeys(("text", "doc", "name", "module", "distribution", "kind"), "other")
+    monkeypatch.setattr(embedded_corpus, "harvest", lambda: [document])
+    open_corpus("embedded")
+    assert texts_of(first, "val"), "still there for who reads it"
 
 
 HARVESTER = """
@@ -178,10 +206,8 @@ def test_two_processes_that_miss_the_corpus_harvest_it_once(base_dir):
             each.stdin.flush()
         outcomes = [each.communicate(timeout=60) for each in (first, second)]
     assert "".join(errors for _, errors in outcomes).count("harvesting") == 1, outcomes
-    assert [output.split()[-1] for output, _ in outcomes] == [
-        str(base_dir / "data" / "embedded" / "manifest.json")
-    ] * 2
-    assert not (base_dir / "data" / "embedded.tmp").exists()
+    (folder,) = (base_dir / "data").glob("embedded-*")
+    assert [output.split()[-1] for output, _ in outcomes] == [str(folder / "manifest.json")] * 2
 
 
 def test_no_document_of_one_module_is_on_both_sides(base_dir, library):
