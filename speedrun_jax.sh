@@ -23,23 +23,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
 
 # --- The tier -------------------------------------------------------------------------------------
 
-gpus=0 gpu_memory_mib=0
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
-    gpu_memory_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1)
-fi
-# tpu_chips FOLDER: chips on the PCI bus, by the vendor and device ids that JAX looks for too.
-tpu_chips() {
-    local vendor count=0
-    for vendor in "$1"/*/vendor; do
-        [[ -r "$vendor" && "$(<"$vendor")" == 0x1ae0 ]] || continue
-        case "$(<"${vendor%vendor}device")" in
-        0x0027 | 0x0056 | 0x005e | 0x0062 | 0x0063 | 0x006f | 0x0076) count=$((count + 1)) ;;
-        esac
-    done
-    echo "$count"
-}
-tpus=$(tpu_chips /sys/bus/pci/devices)
+. scripts/hardware.sh
+[[ -z "${WANDB_RUN:-}" ]] || extras+=(--extra track)
 if [[ -n "${JAXCHAT_TIER:-}" ]]; then
     why="JAXCHAT_TIER asks for it"
 elif ((gpus >= 8)); then
@@ -59,9 +44,6 @@ fi
 fit=()
 if ((gpus && gpu_memory_mib < 12000)); then fit=(--card 8)
 elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16); fi
-
-extras=()
-if ((gpus)); then extras=(--extra gpu); elif ((tpus)); then extras=(--extra tpu); fi
 
 case "$JAXCHAT_TIER" in
 node)

@@ -8,7 +8,7 @@ export PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
 if ! command -v cargo >/dev/null; then
     echo "error: no Rust toolchain (cargo) found, and the tokenizer is built from source." >&2
     echo "       Install one with: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2
-    exit 2
+    return 2
 fi
 
 if ! command -v uv >/dev/null; then
@@ -19,4 +19,5 @@ if ! command -v uv >/dev/null; then
     export PATH="$(python3 -m site --user-base)/bin:$PATH"
 fi
 
-uv sync --quiet --locked --compile-bytecode "$@"
+# inexact: what an earlier call asked for, such as CUDA, stays
+uv sync --quiet --locked --inexact --compile-bytecode "$@"

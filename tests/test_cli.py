@@ -120,7 +120,7 @@ def test_tpu_chips_are_counted_among_googles_devices(tmp_path):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "vendor").write_text(vendor + "\n")
         (tmp_path / str(number) / "device").write_text(device + "\n")
-    script = (ROOT / "speedrun_jax.sh").read_text()
+    script = (ROOT / "scripts" / "hardware.sh").read_text()
     count = script[script.index("tpu_chips() {") : script.index("tpus=$(")]
     for folder, expected in ((tmp_path, "2\n"), (tmp_path / "0" / "empty", "0\n")):
         told = subprocess.check_output(["bash", "-euc", f'{count}tpu_chips "{folder}"'], text=True)
@@ -140,6 +140,11 @@ def test_a_stage_out_of_order_says_so_before_any_slow_work(name, base_dir, monke
     module = importlib.import_module(f"scripts.{name}")
     with pytest.raises(FileNotFoundError, match=r"no (base|mid|sft) model in .*: train one with"):
         module.main(module.Config())
+
+
+def test_rollouts_need_a_micro_batch():
+    with pytest.raises(ValueError, match="--device-batch-size 0: must be above 0"):
+        importlib.import_module("scripts.chat_rl").Config(device_batch_size=0)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -16,6 +16,7 @@ from jaxchat import cli, scaling
 from jaxchat.config import GPTConfig, OptimizerConfig, flops_per_token, scaling_params
 from jaxchat.plan import micro_batches
 from jaxchat.scaling import Run
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import Tracker
 from scripts import base_train, sweep_table
 
@@ -294,6 +295,22 @@ def test_what_has_finished_is_skipped_and_what_failed_is_not(base_dir):
     assert changed.returncode == 1  # no CORE, so the goal is missed
     assert "mini_d4: CORE not measured on all examples" in changed.stdout
     assert {path.name for path in marks.iterdir()} == {"ab"}
+
+
+def test_a_sweep_refuses_a_tokenizer_of_another_size(base_dir):
+    made = base_dir / "tokenizer" / "tokenizer.bpe"
+    made.parent.mkdir()
+    done = "mkdir -p $ledger; echo data_download --dataset embedded >$ledger/data; "
+    trains = ledger(base_dir, done + "launch() { echo $*; }; prepare embedded 0 300")
+    assert "tok_train --corpus embedded --vocab-size 300" in trains.stdout
+    (base_dir / "runs" / "tokenizer").unlink()
+    Tokenizer.train(["words and more words make a vocabulary"] * 3, vocab_size=280).save(
+        made.parent
+    )
+    refused = ledger(base_dir, done + "prepare embedded 0 300")
+    assert refused.returncode == 2
+    assert "this sweep wants a tokenizer of 300 tokens" in refused.stderr
+    assert ledger(base_dir, done + "prepare embedded 0 280").returncode == 0
 
 
 @pytest.mark.parametrize(("core", "status"), [(0.2566, 0), (0.2565, 1)])

@@ -14,8 +14,8 @@ ledger="$JAXCHAT_BASE_DIR/runs"
 if [[ -z "${DRY_RUN:-}" ]]; then
     mkdir -p "$ledger"
     if [[ -z "${SKIP_SETUP:-}" ]]; then
-        extras=()
-        command -v nvidia-smi >/dev/null && extras=(--extra gpu)
+        . scripts/hardware.sh
+        [[ -z "${WANDB_RUN:-}" ]] || extras+=(--extra track)
         . scripts/setup.sh ${extras[@]+"${extras[@]}"}
     fi
 fi
@@ -49,13 +49,17 @@ once() {
 }
 
 # prepare CORPUS SHARDS VOCABULARY: the data, and a tokenizer where there is none; a second one would
-# orphan the models of the first.
+# orphan the models of the first, so one of another size is an error.
 prepare() {
-    local data=(--dataset "$1")
+    local data=(--dataset "$1") made="$JAXCHAT_BASE_DIR/tokenizer/tokenizer.bpe"
     [[ "$1" == embedded ]] || data+=(--num-shards "$2" --all)
     once data data_download "${data[@]}"
-    if [[ -n "${DRY_RUN:-}" || ! -d "$JAXCHAT_BASE_DIR/tokenizer" ]]; then
+    if [[ -n "${DRY_RUN:-}" || ! -f "$made" ]]; then
         once tokenizer tok_train --corpus "$1" --vocab-size "$3"
+    elif [[ ! -f "$ledger/tokenizer" ]] && ! head -n 1 "$made" | grep -q "\"vocab_size\": $3[,}]"; then
+        echo "error: this sweep wants a tokenizer of $3 tokens, and $made is another." >&2
+        echo "       Give the sweep a base directory of its own with JAXCHAT_BASE_DIR." >&2
+        exit 2
     fi
 }
 
