@@ -102,7 +102,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise ValueError(f"--resume {self.resume}: choose auto or never")
-        check_positive(num_iterations=self.num_iterations)
+        check_positive(num_iterations=self.num_iterations, device_batch_size=self.device_batch_size)
         self.rollouts()
 
     def rollouts(self) -> RolloutConfig:

@@ -11,10 +11,12 @@ and hashes. HF_ENDPOINT, HF_TOKEN and the usual proxy variables are honoured.
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 from rich.console import Console
@@ -22,7 +24,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -138,9 +139,18 @@ def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
         console=console,
     )
     failures, unproved = [], []
-    with bar, ThreadPoolExecutor(config.workers) as pool:
+    with bar, stoppable(ThreadPoolExecutor(config.workers)) as (pool, stop):
         whole = bar.add_task(f"0/{len(items)} files", total=0)
-        jobs = [pool.submit(fetch_one, item, config.verify, bar, whole) for item in items]
+
+        def on_bytes(count: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt  # in a thread: ends its transfer, of which the part is kept
+            bar.advance(whole, count)
+
+        def on_size(count: int) -> None:
+            bar.update(whole, total=(bar.tasks[whole].total or 0) + count)
+
+        jobs = [pool.submit(fetch_one, item, config.verify, on_size, on_bytes) for item in items]
         for done, (item, job) in enumerate(zip(items, jobs, strict=True), start=1):
             try:
                 if not job.result():
@@ -159,8 +169,27 @@ def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
         )
 
 
-def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> bool:
-    """One file, its bytes added to the bar; False when it should have been verified and was not."""
+@contextmanager
+def stoppable(pool: ThreadPoolExecutor) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+    """A pool that an interrupt empties; its threads look at the event, which is then set."""
+    stop = Event()
+    with pool:
+        try:
+            yield pool, stop
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def fetch_one(
+    item: Item, verify: bool, on_size: Callable[[int], None], on_bytes: Callable[[int], None]
+) -> bool:
+    """One file; False when it should have been verified and was not.
+
+    `on_size` hears how many bytes there will be, where that is known, and `on_bytes` of each that
+    has come.
+    """
     if item.path.exists() and not verify:
         return True
     remote = item.remote or (hub_file(item.repo, item.name) if item.repo else Remote(item.url))
@@ -168,8 +197,8 @@ def fetch_one(item: Item, verify: bool, bar: Progress, whole: TaskID) -> bool:
         item.path.unlink()
     if not item.path.exists():
         if remote.size:
-            bar.update(whole, total=(bar.tasks[whole].total or 0) + remote.size)
-        download(remote, item.path, on_bytes=lambda n: bar.advance(whole, n))
+            on_size(remote.size)
+        download(remote, item.path, on_bytes=on_bytes)
     return not verify or remote.size is not None or remote.sha256 is not None
 
 

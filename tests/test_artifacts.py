@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.requests, self.body, self.etag = [], [], BODY, '"v1"'
+        self.slowly = 0.0
         self.refusals, self.silent = [], False
         """What HEAD answers at first, and whether it keeps size and hash to itself."""
 
@@ -59,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        time.sleep(server.slowly)
         body, start = server.body, self._start(act)
         self.send_response(206 if start else 200)
         self.send_header("ETag", server.etag)
@@ -252,6 +255,18 @@ def test_the_script_keeps_what_came_and_names_what_did_not(server, base_dir, mon
     ):
         data_download.main(data_download.Config(num_shards=2, workers=1))
     assert len(list(dataset.directory.glob("*.parquet"))) == 2
+
+
+def test_an_interrupt_stops_all_downloads(server, base_dir, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.slowly = 0.2
+    with small_dataset(monkeypatch, last_shard=50):
+        threading.Timer(0.6, signal.raise_signal, [signal.SIGINT]).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            data_download.main(data_download.Config(num_shards=40, workers=2))
+    assert time.monotonic() - started < 2
+    assert len(server.requests) < 30
 
 
 def test_an_archive_that_points_outside_is_not_unpacked(tmp_path):
