@@ -146,7 +146,8 @@ class BubblewrapSandbox:
         self._filter.close()
 
     def run(self, source: str) -> Outcome:
-        # only a program that runs to its end makes the bootstrap print this, whatever it exits with
+        # the bootstrap prints this behind a program that runs to its end, whatever that exits with;
+        # a program that is after the mark itself could find it
         done = secrets.token_hex(16)
         self._filter.seek(0)
         python = [getattr(sys, "_base_executable", sys.executable), "-I", "-S", "-B"]
@@ -197,13 +198,15 @@ def _bootstrap(limits: Limits) -> str:
     lines = [f"resource.setrlimit(resource.RLIMIT_{n}, ({v}, {v}))" for n, v in caps.items()]
     return "\n".join(
         [
-            "import resource, sys",
+            "import os, resource, sys",
             *lines,
             f"sys.setrecursionlimit({limits.recursion})",
             "def run():",
             "    done, _, source = sys.stdin.read().partition('\\n')",
+            "    ours, out = sys.stdout, os.dup(1)  # a program may replace or close its own",
             "    exec(compile(source, 'program', 'exec'), {'__name__': '__main__'})",
-            "    sys.stdout.write('\\n' + done + '\\n')",
+            "    ours.closed or ours.flush()",
+            "    os.write(out, f'\\n{done}\\n'.encode())",
             "run()",
         ]
     )

@@ -64,6 +64,17 @@ def test_a_program_that_runs_to_its_end_has_finished(sandbox):
 
 
 @pytest.mark.parametrize(
+    "last", ["sys.stdout = io.StringIO()", "sys.stdout.close()", "os.close(1)"]
+)
+def test_what_a_program_does_to_its_output_does_not_unfinish_it(last):
+    if MISSING["bubblewrap"]:
+        pytest.skip(f"skipped: {MISSING['bubblewrap']}")
+    with open_sandbox("bubblewrap", limits=LIMITS) as sandbox:
+        outcome = sandbox.run(f"import io, os, sys\nprint('said', flush=True)\n{last}\n")
+    assert (outcome.finished, outcome.output) == (True, "said\n")
+
+
+@pytest.mark.parametrize(
     ("source", "problem"),
     [
         ("assert 1 == 2", "AssertionError"),
