@@ -7,20 +7,29 @@ two produce. Left out: images (the page asks no other origin for anything), raw 
 """
 
 import html
+import math
+import time
 from collections.abc import Sequence
 
 import nh3
+import pygments
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
-from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.token import STANDARD_TYPES
 
 MAX_HIGHLIGHTED_CHARS = 20_000
-"""Longer code stays plain: some lexers take quadratic time on text made to hurt them."""
+"""Longer code stays plain, as does what takes longer than the budget: some lexers take quadratic
+time, 22 s for 20,000 empty lines of C."""
+
+MAX_FORMATTED_CHARS = 2**16
+"""Longer text stays plain; a reply of 4,096 tokens has about 20,000."""
+
+BUDGET_S = 1.0
+"""Of a thread's time for the texts of one request; what is left then is shown as it is."""
 
 LEXERS = {
     alias: name
@@ -46,6 +55,9 @@ LEXERS = {
 }
 """Fence names that are coloured, and the lexer of each; a lexer is only loaded when used."""
 
+DEADLINE = "deadline"
+"""Where the parser's environment holds it."""
+
 TAGS = frozenset(
     ("p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre")
 ).union(("span", "blockquote", "ul", "ol", "li", "a", "table", "thead", "tbody", "tr", "th", "td"))
@@ -63,12 +75,24 @@ CLASSES = {"span": {name for name in STANDARD_TYPES.values() if name}}
 """Pygments' short names; page/prose.css gives them colours."""
 
 
-def to_html(text: str) -> str:
-    """The sanitised HTML of `text`, one element per block."""
+def render_all(texts: Sequence[str]) -> list[str]:
+    """The sanitised HTML of each text, within one budget of time."""
+    deadline = time.thread_time() + BUDGET_S
+    return [to_html(text, deadline) for text in texts]
+
+
+def to_html(text: str, deadline: float = math.inf) -> str:
+    """The sanitised HTML of `text`, one element per block.
+
+    Plain where it is too long or comes behind `deadline`, code as soon as that has come (of
+    `time.thread_time()`).
+    """
     # half a surrogate pair, which JSON can spell and UTF-8 cannot hold, becomes U+FFFD
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if len(text) > MAX_FORMATTED_CHARS or time.thread_time() > deadline:
+        return f"<pre>{html.escape(text)}</pre>"
     return nh3.clean(
-        _PARSER.render(text),
+        _PARSER.render(text, {DEADLINE: deadline}),
         tags=set(TAGS),
         attributes=ATTRIBUTES,
         allowed_classes=CLASSES,
@@ -78,17 +102,25 @@ def to_html(text: str) -> str:
     )
 
 
-def _code(content: str, language: str) -> str:
-    """A block of code, coloured where its language is known."""
-    name = LEXERS.get(language.lower())
-    if name is None or len(content) > MAX_HIGHLIGHTED_CHARS:
-        body = html.escape(content)
-    else:
-        # stripnl would eat the first line's indentation together with empty lines before it
-        lexer = get_lexer_by_name(name, stripnl=False, ensurenl=False)
-        body = highlight(content, lexer, _FORMATTER)
+def _code(content: str, language: str, deadline: float) -> str:
+    """A block of code, coloured where its language is known and while there is time."""
+    body = _highlighted(content, language, deadline) or html.escape(content)
     label = f' data-language="{html.escape(language)}"' if language else ""
     return f"<pre{label}><code>{body}</code></pre>\n"
+
+
+def _highlighted(content: str, language: str, deadline: float) -> str | None:
+    name = LEXERS.get(language.lower())
+    if name is None or len(content) > MAX_HIGHLIGHTED_CHARS:
+        return None
+    # stripnl would eat the first line's indentation together with empty lines before it
+    lexer = get_lexer_by_name(name, stripnl=False, ensurenl=False)
+    tokens = []
+    for token in lexer.get_tokens(content):
+        if time.thread_time() > deadline:
+            return None
+        tokens.append(token)
+    return pygments.format(tokens, _FORMATTER)
 
 
 class _Renderer(RendererHTML):
@@ -99,12 +131,12 @@ class _Renderer(RendererHTML):
 
     def fence(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         words = tokens[idx].info.split(maxsplit=1)
-        return _code(tokens[idx].content, words[0] if words else "")
+        return _code(tokens[idx].content, words[0] if words else "", env[DEADLINE])
 
     def code_block(
         self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType
     ) -> str:
-        return _code(tokens[idx].content, "")
+        return _code(tokens[idx].content, "", env[DEADLINE])
 
     def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: EnvType) -> str:
         token = tokens[idx]

@@ -9,7 +9,6 @@ live in the browser; nothing here remembers anything. Left out: the API that the
 
 import hashlib
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from jaxchat.server.markdown import to_html
+from jaxchat.server.markdown import render_all
 
 PAGE_DIR = Path(__file__).parent / "page"
 
@@ -96,6 +95,8 @@ def _file(path: Path) -> Any:
 
 async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Response:
     """`{"texts": [...]}` in, `{"html": [...]}` out, in the same order."""
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        return _error(415, "the body must be application/json")  # which no other site can send
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -105,7 +106,10 @@ async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Respons
         texts = _texts(bytes(body))
     except ValueError as error:
         return _error(400, str(error))
-    html = await anyio.to_thread.run_sync(_render_all, texts, limiter=limiter)
+    async with limiter:
+        if await request.is_disconnected():  # while it waited
+            return Response(status_code=400)
+        html = await anyio.to_thread.run_sync(render_all, texts)
     return JSONResponse({"html": html}, headers=HEADERS)
 
 
@@ -120,10 +124,6 @@ def _texts(body: bytes) -> list[str]:
     if len(texts) > MAX_MARKDOWN_TEXTS:
         raise ValueError(f"{len(texts)} texts in one request, at most {MAX_MARKDOWN_TEXTS}")
     return texts
-
-
-def _render_all(texts: Sequence[str]) -> list[str]:
-    return [to_html(text) for text in texts]
 
 
 def _error(status: int, message: str) -> Response:

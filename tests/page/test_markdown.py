@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.server.markdown import MAX_HIGHLIGHTED_CHARS, TAGS, to_html
+from jaxchat.server.markdown import BUDGET_S, MAX_HIGHLIGHTED_CHARS, TAGS, render_all, to_html
 from tests.page.corpus import XSS
 
 
@@ -108,3 +108,27 @@ def test_no_text_takes_long(text):
     start = time.perf_counter()
     to_html(text)
     assert time.perf_counter() - start < 5  # a guard against exponential time, not a benchmark
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```c\n" + "\n" * (MAX_HIGHLIGHTED_CHARS - 1) + "```",
+        "```java\n" + "a " * (MAX_HIGHLIGHTED_CHARS // 2 - 1) + "\n```",
+        f"|{'a|' * 400}\n|{'-|' * 400}\n" + "|\n" * 160,
+    ],
+    ids=["empty lines", "words", "cells"],
+)
+def test_a_request_gets_its_budget_of_time_and_no_more(text):
+    start = time.thread_time()
+    shown = render_all([text] * 20 + ["*last* <b>"])
+    assert time.thread_time() - start < 3 * BUDGET_S
+    assert shown[-1] == "<pre>*last* &lt;b&gt;</pre>"
+    assert render_all(["*last*"]) == ["<p><em>last</em></p>\n"]
+
+
+def test_a_text_longer_than_any_answer_stays_plain():
+    start = time.thread_time()
+    (shown,) = render_all([f"|{'a|' * 400}\n|{'-|' * 400}\n{'|' + chr(10)}" * 150])
+    assert time.thread_time() - start < 1
+    assert shown.startswith("<pre>|a|a|")

@@ -15,6 +15,7 @@ from jaxchat.server.page import (
 )
 from tests.page.client import Client
 
+JSON = {"Content-Type": "application/json"}
 FILES = sorted(path.name for path in PAGE_DIR.iterdir())
 
 
@@ -96,13 +97,22 @@ def test_markdown_comes_back_in_order(client):
     ids=["empty", "list", "no list", "numbers", "bytes", "too many", "too large", "too deep"],
 )
 def test_a_bad_request_is_refused_with_its_reason(client, content, status, named):
-    response = client.post("/page/markdown", content=content)
+    response = client.post("/page/markdown", content=content, headers=JSON)
     assert response.status_code == status
     assert named in response.json()["error"]["message"]
 
 
+def test_what_another_site_can_send_is_refused(client):
+    body = b'{"texts": ["a"]}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        response = client.post("/page/markdown", content=body, headers={"Content-Type": kind})
+        assert response.status_code == 415
+    with_charset = {"Content-Type": "application/json; charset=utf-8"}
+    assert client.post("/page/markdown", content=body, headers=with_charset).status_code == 200
+
+
 def test_half_a_surrogate_pair_is_no_reason_to_fail(client):
-    response = client.post("/page/markdown", content=b'{"texts": ["a\\ud800b"]}')
+    response = client.post("/page/markdown", content=b'{"texts": ["a\\ud800b"]}', headers=JSON)
     assert response.status_code == 200 and response.json()["html"] == ["<p>a\ufffdb</p>\n"]
 
 

@@ -7,7 +7,10 @@
 import { h, icon } from "./dom.js";
 
 const MAX_TEXTS = 32;
-const MAX_CHARS = 200_000;
+/** Of a request, below the server's limit (MAX_MARKDOWN_BYTES). */
+const MAX_BYTES = 480_000;
+/** Longest wait for the server; a text that it has not turned by then is shown as it is. */
+const PATIENCE_MS = 5000;
 const CACHED_TEXTS = 300;
 /** Between two renderings of a growing answer, at least, and this many times as long as one took. */
 const PAUSE_MS = 80;
@@ -23,7 +26,7 @@ let queue = [];
 /** The sanitised HTML of `text`, or null where the server gives none. */
 async function toHtml(text) {
   if (!text.trim()) return "";
-  if (text.length > MAX_CHARS) return null;
+  if (bytesOf(text) > MAX_BYTES) return null;
   if (cache.has(text)) return cache.get(text);
   const { promise, resolve } = Promise.withResolvers();
   queue.push({ text, resolve });
@@ -36,8 +39,12 @@ function flush() {
   const wanted = queue;
   queue = [];
   while (wanted.length) {
-    let [count, chars] = [0, 0];
-    while (count < wanted.length && count < MAX_TEXTS && chars < MAX_CHARS) chars += wanted[count++].text.length;
+    let [count, bytes] = [1, bytesOf(wanted[0].text)];
+    while (count < Math.min(wanted.length, MAX_TEXTS)) {
+      bytes += bytesOf(wanted[count].text);
+      if (bytes > MAX_BYTES) break;
+      count += 1;
+    }
     fetchHtml(wanted.splice(0, count));
   }
 }
@@ -49,16 +56,20 @@ async function fetchHtml(jobs) {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ texts: jobs.map((job) => job.text) }),
+      signal: AbortSignal.timeout(PATIENCE_MS),
     });
     if (response.ok) ({ html } = await response.json());
   } catch {
-    // the server is away: plain text
+    // the server is away, or too slow: plain text
   }
   jobs.forEach(({ text, resolve }, index) => {
     if (html[index] !== undefined) remember(text, html[index]);
     resolve(html[index] ?? null);
   });
 }
+
+/** What a text takes in a request. */
+const bytesOf = (text) => new TextEncoder().encode(JSON.stringify(text)).length;
 
 function remember(text, html) {
   cache.set(text, html);
