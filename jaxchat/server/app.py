@@ -69,7 +69,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's client sends many of its own
+            expose_headers=["Retry-After"],
         )
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app

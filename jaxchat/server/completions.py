@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -64,15 +63,19 @@ def _prompts(
     wanted = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not wanted and not body.echo:
         raise ApiError(400, "max_tokens=0 asks for nothing without echo.", param="max_tokens")
-    params = service.sampling(
-        body,
-        max_tokens=max(1, wanted),
-        seed=random_seed(),
-        temperature=1.0,
-        top_k=0,
-        top_logprobs=body.logprobs or 0,
-    )
-    return [_prompt(service, text, params, body.n or 1, wanted) for text in texts]
+
+    def params() -> SamplingParams:
+        """Of each prompt its own: equal ones differ, unless the request names a seed."""
+        return service.sampling(
+            body,
+            max_tokens=max(1, wanted),
+            seed=random_seed(),
+            temperature=1.0,
+            top_k=0,
+            top_logprobs=body.logprobs or 0,
+        )
+
+    return [_prompt(service, text, params(), body.n or 1, wanted) for text in texts]
 
 
 def _prompt(
@@ -84,7 +87,7 @@ def _prompt(
         else list(text)
     )
     service.room(len(ids), wanted, param="prompt")
-    request = EngineRequest(ids, replace(params), n=n, tools=False)
+    request = EngineRequest(ids, params, n=n, tools=False)
     service.check(request, param="prompt")
     return request
 

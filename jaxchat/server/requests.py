@@ -21,6 +21,8 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# lists end at their first error: a million of them would hold everyone up
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Refused = Annotated[None, Field(description="Not supported: leave it out.")]
 
@@ -107,8 +109,8 @@ class Message(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    parts: list[Part] | None = Field(
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    parts: Annotated[list[Part], Field(fail_fast=True)] | None = Field(
         None, description="Of an answer that is sent back: all of it, of which content is the text."
     )
 
@@ -122,7 +124,7 @@ class ResponseFormat(Body):
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -137,9 +139,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
     max_tokens: int | None = Field(None, ge=0, description="16 unless given; 0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -153,7 +155,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="Begin a text with <|bos|>; true.")
     return_token_strs: bool | None = None
 
@@ -162,4 +164,4 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

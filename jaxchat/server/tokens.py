@@ -21,11 +21,7 @@ ERRORS = documented(400, 401, 404, 408, 413, 429, 503)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The ids of a text, or of the prompt that a conversation makes."""
     service = service_of(request, body.model)
-    ids = await run_in_threadpool(_ids, service, body)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_length, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [service.tokenizer.decode([id]) for id in ids]
-    return AsciiJSON(answer)
+    return await run_in_threadpool(_tokens, service, body)
 
 
 @router.post("/detokenize", response_model=responses.Text, responses=ERRORS)
@@ -61,6 +57,14 @@ async def tokenizer_info(request: Request) -> Response:
         "special_tokens": specials,
         "chat_template": None,
     }
+    return AsciiJSON(answer)
+
+
+def _tokens(service: Service, body: TokenizeRequest) -> Response:
+    ids = _ids(service, body)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_length, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [service.tokenizer.decode([id]) for id in ids]
     return AsciiJSON(answer)
 
 
