@@ -540,6 +540,15 @@ def test_keys_rates_and_origins():
         answer = one.get("/v1/models", headers=second)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        asked = {
+            "Origin": "https://page.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+        }
+        url = one.url + "/v1/chat/completions"
+        assert httpx.options(url, headers=asked).status_code == 200
+        asked["Origin"] = "https://other.example"
+        assert httpx.options(url, headers=asked).status_code == 400
 
 
 def test_a_rate_limit_fills_at_an_even_pace():
@@ -631,6 +640,39 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         one.wait_idle()
 
 
+def test_equal_prompts_without_a_seed_differ(idle):
+    prompts = [[5, 6, 7]] * 4
+    texts = [
+        choice["text"] for choice in complete(idle, prompt=prompts, temperature=1).json()["choices"]
+    ]
+    assert len(set(texts)) > 1
+    texts = [
+        c["text"] for c in complete(idle, prompt=prompts, temperature=1, seed=3).json()["choices"]
+    ]
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{}] * 250_000}),
+        ("/v1/completions", {"prompt": [{}] * 250_000}),
+        ("/v1/completions", {"prompt": [[""]] * 150_000}),
+        ("/detokenize", {"tokens": [""] * 250_000}),
+    ],
+)
+def test_a_body_full_of_errors_holds_nobody_up(idle, path, body):
+    with ThreadPoolExecutor() as threads:
+        sent = threads.submit(idle.post, path, body)
+        longest = 0.0
+        while not sent.done():
+            started = time.monotonic()
+            assert idle.get("/health").status_code == 200
+            longest = max(longest, time.monotonic() - started)
+        assert "error" in error_of(sent.result(), 400)["type"]
+    assert longest < 2
+
+
 def test_a_client_that_reads_slowly_is_told_that_its_time_is_over(monkeypatch):
     write = sse._write
 
@@ -686,6 +728,8 @@ def test_several_models_stand_beside_each_other():
         cards = one.get("/v1/models").json()["data"]
         assert [card["id"] for card in cards] == [MODEL, "other"]
         assert one.get("/v1/models/other").json()["id"] == "other"
+        defaults = {"temperature": 0.6, "top_k": 50}
+        assert [card["default_sampling_params"] for card in cards] == [defaults, defaults]
         answers = [chat(one, model=name).json() for name in (MODEL, "other", None)]
         assert [answer["model"] for answer in answers] == [MODEL, "other", MODEL]
         assert answers[0]["choices"] == answers[1]["choices"]  # the same weights
@@ -775,8 +819,10 @@ def test_readiness_waits_for_warm_up(monkeypatch):
     warm_up = engine.warm_up
     monkeypatch.setattr(engine, "warm_up", lambda: go.wait(30) and warm_up())
     with running([engine], ready=False) as one:
-        assert "is starting" in error_of(one.get("/ready"), 503)["message"]
-        error_of(chat(one), 503)
+        for answer in (one.get("/ready"), chat(one)):
+            error = error_of(answer, 503)
+            assert "is starting" in error["message"] and error["code"] == "starting"
+            assert 1 <= int(answer.headers["retry-after"]) <= 10
         assert one.get("/health").json() == {"status": "ok", "ready": False}
         go.set()
         wait_for(lambda: one.get("/ready").status_code == 200)
@@ -788,7 +834,7 @@ def test_a_failed_warm_up_is_never_ready(monkeypatch):
     monkeypatch.setattr(engine, "warm_up", lambda: 1 / 0)
     with running([engine], ready=False) as one:
         wait_for(lambda: one.pool.workers[0].failed)
-        error_of(one.get("/ready"), 503)
+        assert error_of(one.get("/ready"), 503)["code"] is None  # waiting would not help
 
 
 def test_replicas_share_the_work_and_give_the_same_answers():

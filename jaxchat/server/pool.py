@@ -49,13 +49,17 @@ class Pool:
         return not self.draining and any(worker.available for worker in self.workers)
 
     def check_ready(self) -> None:
-        """ApiError 503 before warm-up, while stopping, and when every engine has failed."""
+        """ApiError 503 before warm-up, while stopping, and when every engine has failed.
+
+        Only the first has the code `starting`: whoever waits will be served.
+        """
         if self.draining:
             raise stopping()
         if not any(worker.available for worker in self.workers):
-            failed = all(worker.failed for worker in self.workers)
-            state = "has failed and must be started again" if failed else "is starting"
-            raise ApiError(503, f"The server {state}.", retry_after_s=10)
+            if all(worker.failed for worker in self.workers):
+                message = "The server has failed and must be started again."
+                raise ApiError(503, message, retry_after_s=10)
+            raise ApiError(503, "The server is starting.", code="starting", retry_after_s=5)
 
     @property
     def most(self) -> int:

@@ -102,6 +102,14 @@ class Completion(BaseModel):
     usage: Usage
 
 
+class SamplingDefaults(BaseModel):
+    """How tokens are chosen for a chat request that does not say."""
+
+    temperature: float
+    top_k: int
+    """0 for all tokens."""
+
+
 class ModelCard(BaseModel):
     """A model that the server has."""
 
@@ -110,6 +118,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    default_sampling_params: SamplingDefaults
+    """An extension."""
 
 
 class ModelList(BaseModel):

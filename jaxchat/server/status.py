@@ -82,10 +82,15 @@ async def stats(request: Request) -> Response:
 
 
 def _card(service: Service) -> dict[str, object]:
+    settings = service.settings
     return {
-        "id": service.settings.model_name,
+        "id": settings.model_name,
         "object": "model",
         "created": service.created,
         "owned_by": "jaxchat",
         "max_model_len": service.max_length,
+        "default_sampling_params": {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+        },
     }

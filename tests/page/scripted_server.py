@@ -116,6 +116,7 @@ class ScriptedServer:
         """Forget what other tests asked and scripted."""
         self.script: deque[Reply] = deque()
         self.models = ["d4-sft"]
+        self.defaults: dict[str, float] = {"temperature": 0.6, "top_k": 50}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         """(path, body) of every request to the API."""
         self.running = 0
@@ -134,9 +135,9 @@ class ScriptedServer:
     # --- the API ---------------------------------------------------------------------------------
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
-        )
+        known = {"object": "model", "default_sampling_params": self.defaults}
+        cards = [{"id": name, **known} for name in self.models]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def _metrics(self, request: Request) -> Response:
         return PlainTextResponse(f'jaxchat:num_requests_running{{model_name="x"}} {self.running}\n')
@@ -151,6 +152,9 @@ class ScriptedServer:
         self.requests.append((path, body))
         if self.script:
             reply = self.script.popleft()
+        elif body["model"] not in self.models:
+            message = f"The model {body['model']!r} does not exist"
+            reply = fails(404, message, code="model_not_found")
         elif path == "/v1/completions":
             reply = says("… and so on, says ", body["model"])
         else:

@@ -86,6 +86,30 @@ def test_axe_during_a_stream(chat, server, theme, violations):
     chat.wait_until_finished()
 
 
+def test_axe_where_the_memory_begins_and_while_the_server_starts(chat, server, theme, violations):
+    chat.say("one")
+    server.play(
+        fails(400, "too long", code="context_length_exceeded"),
+        says("fine"),
+        *[fails(503, "starting", code="starting", Retry_After="9")] * 9,
+    )
+    chat.say("two")
+    assert violations() == []
+    chat.button("Retry without the first turn").click()
+    chat.wait_until_finished()
+    expect(chat.page.locator(".memory-start")).to_be_visible()
+    chat.say("three", wait=False)
+    expect(chat.answers.last).to_contain_text("being loaded")
+    assert violations() == []
+    chat.save_screenshot(f"memory-{theme}")
+    chat.page.set_viewport_size({"width": 320, "height": 640})
+    assert violations() == []
+    assert chat.page.evaluate("scroller.scrollWidth - scroller.clientWidth") <= 0
+    chat.save_screenshot(f"memory-{theme}-320")
+    chat.button("Stop").click()
+    chat.wait_until_finished()
+
+
 def test_axe_on_settings_menus_notices_and_columns(chat, server, theme, violations):
     server.models = ["base", "mid", "sft", "rl"]
     chat.page.reload()

@@ -90,11 +90,132 @@ def test_a_conversation_too_long_can_go_on_without_its_beginning(chat, server):
     expect(chat.messages).to_have_count(8)  # the page still shows it all
 
 
-def test_a_single_message_too_long_is_not_offered_what_cannot_help(chat, server):
-    server.play(fails(400, "too long", code="context_length_exceeded"))
-    chat.say("hello")
-    expect(error(chat)).to_contain_text("too long")
+TOO_LONG = fails(400, "maximum 64 tokens, requested 90", code="context_length_exceeded")
+
+
+def sent(server) -> list[str]:
+    return [message["content"] for message in server.requests[-1][1]["messages"]]
+
+
+def test_what_was_left_out_once_is_left_out_from_then_on(chat, server):
+    line = chat.page.locator(".memory-start")
+    for text in ("one", "two", "three"):
+        chat.say(text)
+    expect(line).to_have_count(0)
+    server.play(TOO_LONG)
+    chat.say("four")
+    chat.button("Retry without the first 2 turns").click()
+    chat.wait_until_finished()
+    chat.say("five")
+    end = ["three", "d4-sft heard: three", "four", "d4-sft heard: four", "five"]
+    assert sent(server) == end
+    chat.button("Regenerate").last.click()
+    chat.wait_until_finished()
+    assert sent(server) == end
+    chat.page.reload()
+    expect(line).to_contain_text("The first 2 turns no longer fit.")
+    following = line.locator("xpath=following-sibling::*[1]")
+    expect(following).to_contain_text("three")
+    chat.say("six")
+    assert sent(server)[:2] == ["three", "d4-sft heard: three"]
+    server.play(TOO_LONG)  # and when that is too much again, more is left out
+    chat.say("seven")
+    chat.button("Retry without the first 4 turns").click()
+    chat.wait_until_finished()
+    assert sent(server)[0] == "five"
+    expect(following).to_contain_text("five")
+
+
+def test_another_branch_begins_at_its_own_beginning(chat, server):
+    for text in ("one", "two"):
+        chat.say(text)
+    server.play(TOO_LONG)
+    chat.say("three")
+    chat.button("Retry without the first turn").click()
+    chat.wait_until_finished()
+    assert sent(server) == ["two", "d4-sft heard: two", "three"]
+    chat.messages.nth(4).hover()
+    chat.messages.nth(4).get_by_role("button", name="Edit").click()  # as long as it was
+    chat.page.get_by_role("textbox", name="Edit your message").fill("3")
+    chat.page.keyboard.press("Enter")
+    chat.wait_until_finished()
+    assert sent(server) == ["two", "d4-sft heard: two", "3"]
+    chat.messages.nth(2).hover()
+    chat.messages.nth(2).get_by_role("button", name="Edit").click()
+    chat.page.get_by_role("textbox", name="Edit your message").fill("2")
+    chat.page.keyboard.press("Enter")
+    chat.wait_until_finished()
+    assert sent(server) == ["one", "d4-sft heard: one", "2"]
+    expect(chat.page.locator(".memory-start")).to_have_count(0)
+    chat.messages.nth(2).get_by_role("button", name="Previous alternative").click()
+    expect(chat.page.locator(".memory-start")).to_have_count(1)
+
+
+def test_turns_that_were_not_sent_are_not_offered_to_be_left_out(chat, server):
+    server.play(fails(500, "x"), TOO_LONG)
+    chat.say("unanswered")
+    chat.say("a long message")
+    assert sent(server) == ["a long message"]
+    expect(error(chat)).to_contain_text("The message itself is too long")
     expect(chat.answers.last.get_by_role("button", name="Retry without")).to_have_count(0)
+
+
+def test_a_base_model_is_sent_one_message_which_alone_can_be_too_long(chat, server):
+    server.models = ["d4-base"]
+    chat.page.reload()
+    expect(chat.page.locator("#model-name")).to_have_text("d4-base")
+    for text in ("one", "two"):
+        chat.say(text)
+    server.play(TOO_LONG)
+    chat.say("three")
+    expect(error(chat)).to_contain_text("The message itself is too long")
+    expect(chat.answers.last.get_by_role("button", name="Retry without")).to_have_count(0)
+
+
+def test_a_single_message_too_long_is_not_offered_what_cannot_help(chat, server):
+    server.play(TOO_LONG)
+    chat.say("hello")
+    expect(error(chat)).to_contain_text("The message itself is too long for this model.")
+    expect(chat.answers.last.get_by_role("button", name="Retry without")).to_have_count(0)
+    chat.button("Settings").click()
+    chat.page.get_by_label("Longest answer").fill("64")
+    chat.button("Done").click()
+    server.play(TOO_LONG)
+    chat.button("Retry").click()  # the message need not be to blame now
+    chat.wait_until_finished()
+    expect(error(chat)).to_contain_text("the longest answer of the settings")
+
+
+STARTING = fails(503, "The server is starting.", code="starting", Retry_After="1")
+
+
+def test_a_server_that_starts_is_waited_for(chat, server):
+    server.play(STARTING, STARTING, says("awake", " at last"))
+    chat.say("hello", wait=False)
+    note = chat.answers.last.get_by_text("The model is being loaded and compiled.")
+    expect(note).to_be_visible()
+    expect(chat.page.locator("#announcer")).to_contain_text("being loaded and compiled")
+    expect(chat.page.locator(".error")).to_have_count(0)
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("awake at last")
+    expect(note).to_have_count(0)
+    assert len(server.requests) == 3
+    stats = chat.answers.last.locator(".stats")
+    first_ms = float(stats.inner_text().split("first after ")[1].split()[0])
+    assert first_ms < 1000  # of the model, not of the wait
+
+
+def test_waiting_for_a_server_can_be_stopped(chat, server):
+    server.play(*[STARTING] * 50)
+    chat.say("hello", wait=False)
+    expect(chat.answers.last).to_contain_text("being loaded and compiled")
+    chat.page.keyboard.press("Escape")
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("Stopped.")
+    expect(chat.answers.last).not_to_contain_text("being loaded and compiled")
+    asked = len(server.requests)
+    chat.page.wait_for_timeout(2500)
+    assert len(server.requests) == asked
 
 
 def test_an_answer_cut_by_its_limit_says_so(chat, server):
@@ -108,6 +229,13 @@ def test_text_stays_readable_when_markdown_cannot_be_had(chat, server):
     server.play(says("**bold** & <b>plain</b>"))
     chat.say("hello")
     expect(chat.answers.last.locator(".body")).to_have_text("**bold** & <b>plain</b>")
+
+
+def test_an_answer_grows_on_where_markdown_never_comes(chat, server):
+    chat.page.route("**/page/markdown", lambda route: None)
+    server.play(says("one ", "two ", "**three**"))
+    chat.say("hello")
+    expect(chat.answers.last.locator(".body")).to_have_text("one two **three**", timeout=15_000)
 
 
 def test_a_page_without_models_says_so_and_keeps_the_message(context, server):
@@ -159,6 +287,37 @@ def test_a_model_that_is_gone_is_replaced_by_the_chosen_one(chat, server):
     chat.button("Retry").click()
     chat.wait_until_finished()
     expect(chat.answers.last).to_contain_text("d12-sft heard: more")
+
+
+def test_a_tab_that_was_open_learns_of_other_models(chat, server):
+    chat.say("hello")
+    server.models = ["d8-base", "d8-sft"]
+    chat.say("more")
+    expect(error(chat)).to_contain_text("does not have this model any more")
+    expect(chat.page.locator("#model-name")).to_have_text("d8-sft")
+    chat.button("Retry with d8-sft").click()
+    chat.wait_until_finished()
+    expect(chat.answers.last).to_contain_text("d8-sft heard: more")
+    chat.say("and more")
+    expect(chat.answers.last).to_contain_text("d8-sft heard: and more")
+
+
+def test_models_side_by_side_are_retried_with_those_of_their_stages(chat, server):
+    server.models = ["d4-mid", "d4-sft"]
+    chat.page.reload()
+    chat.page.locator("#models summary").click()
+    chat.page.get_by_role("switch", name="Several, side by side").check()
+    for name in server.models:
+        chat.page.get_by_role("checkbox", name=name).check()
+    chat.page.keyboard.press("Escape")
+    server.models = ["d8-base", "d8-mid", "d8-sft"]
+    chat.say("hello")
+    expect(chat.page.locator("#model-name")).to_have_text("2 models")
+    for name in ("d8-mid", "d8-sft"):
+        chat.button(f"Retry with {name}").click()
+        chat.wait_until_finished()
+    expect(chat.page.locator(".column .name")).to_have_text(["d8-mid", "d8-sft"])
+    expect(chat.page.locator(".column.active .name")).to_have_text("d8-sft")
 
 
 def test_an_edit_is_kept_while_there_is_no_model_to_ask(chat, server):

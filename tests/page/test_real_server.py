@@ -21,6 +21,7 @@ from playwright.sync_api import expect
 
 from jaxchat.checkpoint import CheckpointStore, stage_directory
 from jaxchat.jax_backend import JaxBackend
+from jaxchat.server.settings import ServerSettings
 from jaxchat.tokenizer import Tokenizer
 from tests.models import MODERN
 from tests.page.conftest import Chat
@@ -43,9 +44,9 @@ class ChatWeb:
             [*command, "--slots", "2"], env=environment, stdout=self._log, stderr=self._log
         )
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, path: str = "/ready") -> None:
         deadline = time.monotonic() + START_S
-        while self.status("/ready") != 200:
+        while self.status(path) != 200:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(1)
 
@@ -146,6 +147,15 @@ def test_a_conversation_of_several_turns(chat):
     assert len(chat.texts()) == 6
 
 
+def test_the_settings_begin_with_those_of_the_server(chat):
+    chat.button("Settings").click()
+    for label, value in {
+        "Temperature": ServerSettings.temperature,
+        "Top-k": ServerSettings.top_k,
+    }.items():
+        expect(chat.page.get_by_label(label, exact=True)).to_have_value(str(value))
+
+
 def test_the_same_seed_gives_the_same_answer(chat):
     set_values(chat, Longest_answer=60, Seed=7)
     chat.say("hello")
@@ -201,12 +211,16 @@ def test_a_conversation_too_long_is_refused_with_its_numbers(chat):
     expect(error).to_contain_text(str(CONTEXT))
 
 
-def test_a_server_that_is_gone_is_said(browser, checkpoint):
+def test_a_server_that_starts_is_waited_for_and_one_that_is_gone_is_said(browser, checkpoint):
     server = ChatWeb(checkpoint)
     try:
-        server.wait_until_ready()
+        server.wait_until_ready("/health")
         context = browser.new_context(base_url=server.url)
         chat = Chat.open(context, server)
+        set_values(chat, Longest_answer=5)
+        chat.say("are you there?", wait=False)
+        stats = chat.answers.last.locator(".stats")
+        expect(stats).to_contain_text("tokens/s", timeout=1000 * START_S)
         chat.box.fill("hello")
         server.stop()
         chat.box.press("Enter")

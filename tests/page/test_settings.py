@@ -36,11 +36,48 @@ def test_reset_brings_the_first_values_back(chat, server):
     dialog.get_by_label("Temperature", exact=True).fill("0")
     dialog.get_by_label("Longest answer").fill("5")
     chat.button("Reset").click()
-    expect(dialog.get_by_label("Temperature", exact=True)).to_have_value("0.8")
+    expect(dialog.get_by_label("Temperature", exact=True)).to_have_value("0.6")
     chat.button("Done").click()
     chat.say("hello")
     body = server.requests[-1][1]
-    assert body["temperature"] == 0.8 and "max_tokens" not in body
+    assert body["temperature"] == 0.6 and "max_tokens" not in body
+
+
+def test_the_page_begins_with_what_the_server_takes_and_keeps_what_the_reader_sets(chat, server):
+    server.defaults = {"temperature": 0, "top_k": 5000}
+    chat.page.reload()
+    dialog = open_settings(chat)
+    temperature = dialog.get_by_label("Temperature", exact=True)
+    expect(temperature).to_have_value("0")
+    expect(dialog.get_by_label("Top-k")).to_have_value("5000")
+    dialog.get_by_label("Theme").select_option("Dark")
+    chat.button("Done").click()
+    expect(dialog).to_be_hidden()
+    chat.say("one")
+    body = server.requests[-1][1]
+    assert (body["temperature"], body["top_k"]) == (0, 5000)
+    server.defaults = {"temperature": 0.7, "top_k": 1}  # what was not set is not stored
+    chat.page.reload()
+    open_settings(chat)
+    expect(temperature).to_have_value("0.7")
+    temperature.fill("0.9")
+    chat.button("Done").click()
+    chat.page.reload()
+    chat.say("two")
+    body = server.requests[-1][1]
+    assert (body["temperature"], body["top_k"]) == (0.9, 1)
+    stored = chat.page.evaluate("JSON.parse(localStorage.getItem('jaxchat.settings'))")
+    assert stored == {"theme": "dark", "temperature": 0.9}
+
+
+def test_a_server_that_does_not_tell_its_defaults_takes_them(chat, server):
+    server.defaults = {}
+    chat.page.reload()
+    chat.say("hello")
+    assert server.requests[-1][1].keys().isdisjoint({"temperature", "top_k"})
+    chat.box.fill("/temperature")
+    chat.box.press("Enter")
+    expect(chat.page.locator("#notices")).to_contain_text("Temperature is what the server takes.")
 
 
 def test_without_a_seed_every_request_has_its_own(chat, server):
@@ -100,7 +137,6 @@ def test_slash_commands_set_show_and_explain(chat, server):
         ("/topk many", "Top-k is a whole number from 0 to 1000; got many."),
         ("/temperature 9", "from 0 to 2; got 9."),
         ("/help", "Commands and keys"),
-        ("/nonsense", "There is no /nonsense."),
     ]:
         chat.box.fill(line)
         chat.box.press("Enter")
@@ -117,9 +153,33 @@ def test_slash_commands_set_show_and_explain(chat, server):
     assert chat.conversation_titles() == ["hello"]
 
 
-def test_a_path_is_a_message_and_no_command(chat, server):
-    chat.say("/usr/bin/env is what?")
-    assert server.requests[-1][1]["messages"][-1]["content"] == "/usr/bin/env is what?"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/usr/bin/env is what?",
+        "/etc holds what?",
+        "/etc/passwd",
+        "/temperature of the sun?",
+        "/clear the table",
+        "/help\nme",
+        "/",
+    ],
+)
+def test_what_is_no_command_is_a_message(chat, server, text):
+    chat.say(text)
+    assert server.requests[-1][1]["messages"][-1]["content"] == text
+
+
+def test_a_word_that_is_no_command_is_told_and_kept(chat, server):
+    chat.box.fill("/nonsense")
+    chat.box.press("Enter")
+    expect(chat.page.locator("#notices")).to_contain_text("There is no command /nonsense.")
+    expect(chat.box).to_have_value("/nonsense")
+    expect(chat.box).to_be_focused()
+    chat.box.press_sequentially(" is a word")
+    chat.box.press("Enter")
+    chat.wait_until_finished()
+    assert server.requests[-1][1]["messages"][-1]["content"] == "/nonsense is a word"
 
 
 def test_the_keys_of_the_message_box(chat, server):

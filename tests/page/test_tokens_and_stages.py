@@ -112,23 +112,81 @@ def test_all_stages_answer_one_question_side_by_side(chat, server):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
 
 
-def test_the_conversation_goes_on_from_the_chosen_answer(chat, server):
-    choose_stages(chat, server, "mid", "sft")
+def compare(chat, server, *models: str):
+    """Let all of these models answer side by side."""
+    choose_stages(chat, server, *models)
     chat.page.get_by_role("switch", name="Several, side by side").check()
-    for name in ("mid", "sft"):
+    for name in models:
         chat.page.get_by_role("checkbox", name=name, exact=True).check()
     chat.page.keyboard.press("Escape")
+
+
+def sent_to(server, model: str) -> list[str]:
+    """The contents of the last messages that a model was sent."""
+    body = next(body for _, body in reversed(server.requests) if body["model"] == model)
+    return [message["content"] for message in body["messages"]]
+
+
+def column(chat, model: str, row: int = -1):
+    """A model's answer in one of the rows of columns."""
+    columns = chat.page.locator(".columns").nth(row).locator(".column")
+    return columns.filter(has=chat.page.locator(".name", has_text=model))
+
+
+def test_the_conversation_goes_on_from_the_chosen_answer(chat, server):
+    compare(chat, server, "mid", "sft")
     chat.say("hello")
     chat.button("Go on from this one").click()
-    expect(chat.page.locator(".column.active .name")).to_have_text("sft")
+    expect(chat.page.locator(".column.active .name")).to_have_text("mid")
     chat.page.locator("#models summary").click()
     chat.page.get_by_role("switch", name="Several, side by side").uncheck()
+    chat.page.get_by_role("radio", name="sft").check()
     chat.page.keyboard.press("Escape")
     chat.say("more")
-    assert server.requests[-1][1]["messages"][1]["content"] == "sft heard: hello"
+    assert sent_to(server, "sft") == ["hello", "mid heard: hello", "more"]
     chat.page.reload()
-    expect(chat.page.locator(".column.active .name")).to_have_text("sft")
+    expect(chat.page.locator(".column.active .name")).to_have_text("mid")
     expect(chat.messages).to_have_count(5)
+
+
+def test_models_side_by_side_are_sent_each_its_own_answers(chat, server):
+    compare(chat, server, "base", "mid", "sft")
+    for text in ("one", "two"):
+        chat.say(text)
+    column(chat, "mid").get_by_role("button", name="Go on from this one").click()
+    chat.say("three")
+    for model in ("mid", "sft"):
+        first, second = f"{model} heard: one", f"{model} heard: two"
+        assert sent_to(server, model) == ["one", first, "two", second, "three"]
+    base = next(body for path, body in reversed(server.requests) if path == "/v1/completions")
+    assert base["prompt"] == "three"
+
+
+def test_a_model_without_an_answer_of_its_own_is_sent_the_shown_one(chat, server):
+    compare(chat, server, "mid", "sft")
+    server.play(fails(500, "broken"), says("fine"))  # mid, then sft
+    chat.say("one")
+    chat.say("two")
+    assert sent_to(server, "mid") == sent_to(server, "sft") == ["one", "fine", "two"]
+
+
+def test_the_most_finished_model_is_gone_on_from_unless_the_reader_chooses(chat, server):
+    compare(chat, server, "rl", "other", "base", "mid")
+    for text in ("one", "two"):
+        chat.say(text)
+    expect(chat.page.locator(".column.active .name")).to_have_text(["rl", "rl"])
+    column(chat, "mid", 0).get_by_role("button", name="Go on from this one").click()
+    expect(chat.page.locator(".column.active .name")).to_have_text("mid")  # a branch of its own
+
+
+def test_a_retry_of_one_model_keeps_what_is_gone_on_from(chat, server):
+    compare(chat, server, "mid", "sft")
+    server.play(fails(500, "broken"), says("fine"))
+    chat.say("one")
+    chat.button("Retry").click()
+    chat.wait_until_finished()
+    expect(chat.page.locator(".error")).to_have_count(0)
+    expect(chat.page.locator(".column.active .name")).to_have_text("sft")
 
 
 def test_one_of_several_can_fail_and_be_tried_again(chat, server):

@@ -22,16 +22,28 @@ export const ADVICE = {
   broken: "The connection broke before the answer was complete.",
   busy: "The server has too much to do.",
   context: "The conversation is too long for this model.",
+  gone: "The server does not have this model any more.",
+  message: "The message itself is too long for this model.",
   offline: "The server cannot be reached. Is it still running?",
   request: "The server refused the request.",
   server: "The server failed.",
+  settings: "The message is too long for this model together with the system prompt and the longest answer of the settings.",
+  starting: "The model is being loaded and compiled. The answer comes as soon as that is done.",
 };
 
-/** The models that can answer, in the order of training: base, mid, sft, rl, then others. */
+/**
+ * The models that can answer, in the order of training: base, mid, sft, rl, then others. `defaults`:
+ * the settings that the server takes where a request has none.
+ */
 export async function listModels(apiKey) {
   const response = await send("/v1/models", { headers: headers(apiKey) });
   const { data } = await response.json();
-  return data.map((model) => ({ id: model.id, stage: stageOf(model.id) })).sort(byStage);
+  return data.map((model) => ({ id: model.id, stage: stageOf(model.id), defaults: defaultsOf(model) })).sort(byStage);
+}
+
+function defaultsOf({ default_sampling_params: told }) {
+  const defaults = { temperature: told?.temperature, topK: told?.top_k };
+  return Object.fromEntries(Object.entries(defaults).filter(([, value]) => Number.isFinite(value)));
 }
 
 const STAGES = ["base", "mid", "sft", "rl"];
@@ -41,6 +53,22 @@ export function stageOf(id) {
   const words = id.toLowerCase().split(/[^a-z]+/);
   return STAGES.find((stage) => words.includes(stage)) ?? "";
 }
+
+/** Of some models, the one that training has brought furthest. */
+export function furthest(ids) {
+  const rank = (id) => STAGES.indexOf(stageOf(id));
+  return ids.reduce((best, id) => (rank(id) > rank(best) ? id : best));
+}
+
+/** This model, or where the server has it no more another one of its stage; undefined for none. */
+export function standIn(id, available) {
+  if (available.includes(id)) return id;
+  const stage = stageOf(id);
+  return available.find((other) => stage && stageOf(other) === stage);
+}
+
+/** A base model has never seen a turn of a conversation: it continues the last message. */
+export const continuesText = (model) => stageOf(model) === "base";
 
 function byStage(a, b) {
   const rank = ({ stage }) => (stage ? STAGES.indexOf(stage) : STAGES.length);
@@ -83,23 +111,21 @@ export async function* streamAnswer({ model, messages, settings, signal }) {
   throw new ApiError("broken", "The stream ended without its end mark.");
 }
 
-/** A base model has never seen a turn of a conversation: it continues the last message. */
-function pathFor(model) {
-  return stageOf(model) === "base" ? "/v1/completions" : "/v1/chat/completions";
-}
+const pathFor = (model) => (continuesText(model) ? "/v1/completions" : "/v1/chat/completions");
 
 function requestBody(model, messages, settings) {
   const body = {
     model,
-    temperature: settings.temperature,
-    top_k: settings.topK,
+    // JSON leaves out what is undefined: the server takes its own
+    temperature: settings.temperature ?? undefined,
+    top_k: settings.topK ?? undefined,
     top_p: settings.topP,
     stream: true,
     stream_options: { include_usage: true },
   };
   if (settings.maxTokens !== null) body.max_tokens = settings.maxTokens;
   body.seed = settings.seed ?? Math.floor(Math.random() * 2 ** 31);
-  if (stageOf(model) === "base") {
+  if (continuesText(model)) {
     if (settings.tokenView) body.logprobs = TOP_LOGPROBS;
     body.max_tokens ??= BASE_MAX_TOKENS;
     return { ...body, prompt: plainText(messages.at(-1).content) };
@@ -160,6 +186,8 @@ async function errorOf(response) {
 
 function kindOf(status, code) {
   if (code === "context_length_exceeded") return "context";
+  if (code === "model_not_found") return "gone";
+  if (code === "starting") return "starting";
   if (status === 401 || status === 403) return "auth";
   if (status === 429 || status === 503) return "busy";
   return status >= 500 ? "server" : "request";

@@ -18,21 +18,22 @@ const COMMANDS = [
 
 const NUMBERS = { "/temperature": ["temperature", "Temperature"], "/topk": ["topK", "Top-k"] };
 
-/** Whether a line is a command and not a message: a known name, or a single word like one. */
-export const isCommand = (line) => /^\/[a-z]+(\s|$)/.test(line) && !line.includes("\n");
+/** Whether a line is a command, with as many words as it takes; all else is a message. */
+export const isCommand = (line) => /^\/(clear|help|(temperature|topk)( +\S+)?)$/.test(line);
+
+/** Whether a line is a single word like a command, but none: a slip, and no message. */
+export const isNoCommand = (line) => /^\/[a-z]+$/i.test(line) && !isCommand(line);
 
 /** Carry a command out. Returns what to tell the reader: a text, and rows to look things up in. */
 export function runCommand(line, { settings, newChat }) {
-  const [name, value] = line.trim().split(/\s+/, 2);
+  const [name, value] = line.split(/ +/);
   if (name === "/clear") {
     newChat();
     return { text: "A new chat. The one before is in the list." };
   }
-  const rows = [...COMMANDS, ...KEYS];
-  if (name === "/help") return { text: "Commands and keys", rows };
-  if (!(name in NUMBERS)) return { text: `There is no ${name}.`, rows };
+  if (name === "/help") return { text: "Commands and keys", rows: [...COMMANDS, ...KEYS] };
   const [setting, label] = NUMBERS[name];
-  if (value === undefined) return { text: `${label} is ${settings.values[setting]}.` };
+  if (value === undefined) return { text: `${label} is ${settings.values[setting] ?? "what the server takes"}.` };
   try {
     settings.set(setting, Number(value));
     return { text: `${label} is now ${settings.values[setting]}.` };
@@ -40,3 +41,6 @@ export function runCommand(line, { settings, newChat }) {
     return { text: `${error.message}; got ${value}.` };
   }
 }
+
+/** What to tell the reader of a word that is no command. */
+export const explainNoCommand = (word) => ({ text: `There is no command ${word}.`, rows: COMMANDS });

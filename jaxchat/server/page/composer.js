@@ -1,6 +1,6 @@
 /** The box that messages are written in: keys, commands, its draft, and the button that stops. */
 
-import { isCommand, runCommand } from "./commands.js";
+import { explainNoCommand, isCommand, isNoCommand, runCommand } from "./commands.js";
 import { small } from "./database.js";
 import { byId, focusPrompt } from "./dom.js";
 
@@ -69,8 +69,11 @@ export class Composer {
     if (isCommand(text)) {
       this.#clear();
       const newChat = () => this.session.newChat();
-      const { text: reply, rows } = runCommand(text, { settings: this.settings, newChat });
-      this.notice(reply, { rows });
+      this.#tell(runCommand(text, { settings: this.settings, newChat }));
+      return;
+    }
+    if (isNoCommand(text)) {
+      this.#tell(explainNoCommand(text)); // what was written stays
       return;
     }
     const { conversation } = this.session;
@@ -81,6 +84,10 @@ export class Composer {
     this.session.ask(text);
     this.draftName = this.#nameOfDraft();
     this.thread.toEnd();
+  }
+
+  #tell({ text, rows }) {
+    this.notice(text, { rows });
   }
 
   #clear() {

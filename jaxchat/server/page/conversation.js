@@ -6,10 +6,12 @@
  *
  *   { id, title, created, updated, children: [id], active: index, messages: { id: message } }
  *   message: { id, parent, role, parts: [{ type, text }], children, active, created,
- *              model?, group?, status?, finish?, error?, stats?, tokens? }
+ *              model?, group?, leftOut?, status?, finish?, error?, stats?, tokens? }
  *
  * `group` ties answers of several models to one question; they are one alternative, shown side by
- * side. `status` is "streaming", "stopped" or "failed", and absent when the message is complete.
+ * side. `leftOut` of an answer counts the turns, from the first on, that its model was not sent
+ * because all did not fit. `status` is "streaming", "stopped" or "failed", and absent when the
+ * message is complete.
  */
 
 const TITLE_CHARS = 60;
@@ -85,6 +87,17 @@ export function versionIndex(conversation, id) {
   return versions(conversation, id).findIndex((group) => group.some((message) => message.id === id));
 }
 
+/** The answers of a message's group, or the message alone. */
+export function groupOf(conversation, { id }) {
+  return versions(conversation, id)[versionIndex(conversation, id)];
+}
+
+/** The id of the shown child of `id`. */
+export function shownAfter(conversation, id) {
+  const { children, active } = holder(conversation, id);
+  return children[active];
+}
+
 /** Show this message, and what follows it. */
 export function select(conversation, id) {
   const siblings = holder(conversation, conversation.messages[id].parent);
@@ -138,18 +151,61 @@ export function textOf(message) {
   return message.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 }
 
-/** The API's messages for the answer after `messages`; unanswered questions are left out. */
+// --- what a model is sent ------------------------------------------------------------------------
+
+/** The messages as `model` remembers them: of answers side by side its own, where it gave one. */
+export function threadOf(conversation, messages, model) {
+  return messages.map((message) => {
+    if (!message.group) return message;
+    const latestFirst = groupOf(conversation, message).toReversed();
+    return [message, ...latestFirst].find((answer) => answer.model === model && !isSilent(answer)) ?? message;
+  });
+}
+
+const isQuestion = ({ role }) => role === "user";
+
+/** How many turns at the beginning the answers among `messages` were given without. */
+export function leftOut(messages) {
+  return messages.reduce((most, message) => Math.max(most, message.leftOut ?? 0), 0);
+}
+
+/** The messages without the first `turns` turns; the last question always stays. */
+export function withoutTurns(messages, turns) {
+  const questions = messages.filter(isQuestion);
+  if (!turns || questions.length === 0) return messages;
+  return messages.slice(messages.indexOf(questions[Math.min(turns, questions.length - 1)]));
+}
+
+/** After `sent` was too long: turns of `all` to leave out, half of those sent; 0 where none can be. */
+export function turnsToLeaveOut(all, sent) {
+  const questions = spoken(sent).filter(isQuestion);
+  if (questions.length < 2) return 0;
+  return all.filter(isQuestion).indexOf(questions[Math.ceil((questions.length - 1) / 2)]);
+}
+
+/** The API's messages for the answer after `messages`. */
 export function apiMessages(messages, systemPrompt) {
-  const sent = [];
-  for (const message of messages) {
-    const content = contentOf(message);
-    if (typeof content === "string" && content.trim() === "") continue;
-    // two of one role in a row happen where an answer stayed empty: the later one counts
-    if (sent.at(-1)?.role === message.role) sent.pop();
-    sent.push({ role: message.role, content });
-  }
-  if (sent[0]?.role === "assistant") sent.shift();
+  const sent = spoken(messages).map((message) => ({ role: message.role, content: contentOf(message) }));
   return systemPrompt.trim() ? [{ role: "system", content: systemPrompt }, ...sent] : sent;
+}
+
+/** The messages that take turns, from a question on: unanswered questions are left out. */
+function spoken(messages) {
+  const turns = [];
+  for (const message of messages) {
+    if (isSilent(message)) continue;
+    // two of one role in a row happen where an answer stayed empty: the later one counts
+    if (turns.at(-1)?.role === message.role) turns.pop();
+    turns.push(message);
+  }
+  if (turns[0]?.role === "assistant") turns.shift();
+  return turns;
+}
+
+/** Whether a message has nothing that a model could be sent. */
+function isSilent(message) {
+  const content = contentOf(message);
+  return typeof content === "string" && content.trim() === "";
 }
 
 /**

@@ -72,6 +72,7 @@ addEventListener("popstate", openAddress);
 // --- what is said to the reader -----------------------------------------------------------------
 
 session.addEventListener("notice", ({ detail }) => notice(detail.text, detail));
+session.addEventListener("wait", () => announce(ADVICE.starting));
 session.addEventListener("finish", ({ detail }) => announce(announcement(detail)));
 
 function announcement(answer) {

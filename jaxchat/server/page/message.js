@@ -73,6 +73,7 @@ export class MessageView {
   #drawStatus() {
     const { message, session } = this;
     const lines = [];
+    if (session.isWaiting(message.id)) lines.push(h("p", { class: "note" }, ADVICE.starting));
     if (message.status === "failed") lines.push(drawError(message, session));
     if (message.status === "stopped") lines.push(h("p", { class: "note" }, "Stopped."));
     if (isEmpty(message)) lines.push(h("p", { class: "note" }, "The model ended its answer before the first word."));
@@ -231,16 +232,18 @@ function drawStats({ stats, model, group }) {
     ...facts.flatMap((fact, index) => [index ? " · " : "", h("span", {}, fact)]));
 }
 
-function drawError({ id, error }, session) {
+function drawError(message, session) {
+  const { id, error } = message;
   const wait = error.retryAfter ? ` It asks to wait ${error.retryAfter} s.` : "";
   const buttons = [];
-  if (error.kind === "context" && error.turns > 0) {
-    const dropTurns = Math.ceil(error.turns / 2);
-    const label = `Retry without the first ${dropTurns === 1 ? "turn" : `${dropTurns} turns`}`;
-    buttons.push(retryButton("solid-button", label, () => leave(() => session.retry(id, { dropTurns }))));
+  if (error.leaveOut) {
+    const { leaveOut } = error;
+    const label = `Retry without the first ${leaveOut === 1 ? "turn" : `${leaveOut} turns`}`;
+    buttons.push(retryButton("solid-button", label, () => leave(() => session.retry(id, { leftOut: leaveOut }))));
   }
   const look = buttons.length ? "text-button" : "solid-button"; // what helps stands out
-  buttons.push(retryButton(look, "Retry", () => leave(() => session.retry(id))));
+  const others = error.kind === "gone" ? session.modelsToRetry(message).join(", ") : "";
+  buttons.push(retryButton(look, others ? `Retry with ${others}` : "Retry", () => leave(() => session.retry(id))));
   return h("div", { class: "error", role: "group", aria: { label: "Error" } },
     h("p", {}, `${ADVICE[error.kind] ?? ADVICE.server}${wait}`),
     h("p", { class: "error-detail" }, error.message),

@@ -1,6 +1,6 @@
 /** The stage picker: which models answer, one or several side by side. */
 
-import { listModels } from "./api.js";
+import { listModels, standIn } from "./api.js";
 import { small } from "./database.js";
 import { byId, h } from "./dom.js";
 
@@ -16,14 +16,15 @@ export class ModelPicker {
     });
   }
 
-  /** Ask the server what it has. The choice of last time holds where its models still exist. */
+  /** Ask the server what it has. The choice of last time holds where its stages still exist. */
   async load() {
     this.#models = await listModels(this.settings.values.apiKey);
     const ids = this.#models.map(({ id }) => id);
     this.session.available = ids;
-    const before = (small.get("models") ?? []).filter((id) => ids.includes(id));
+    this.settings.setDefaults(this.#models[0]?.defaults ?? {}); // the same for all that a server has
+    const before = new Set((small.get("models") ?? []).map((id) => standIn(id, ids)).filter(Boolean));
     const preferred = this.#models.findLast(({ stage }) => stage === "sft") ?? this.#models.at(-1);
-    this.#choose(before.length ? before : preferred ? [preferred.id] : []);
+    this.#choose(before.size ? [...before] : preferred ? [preferred.id] : []);
     this.several.checked = this.session.models.length > 1;
     byId("models").hidden = ids.length === 0;
     byId("models").classList.toggle("single", ids.length < 2);
@@ -31,7 +32,7 @@ export class ModelPicker {
   }
 
   #choose(ids) {
-    this.session.models = ids;
+    this.session.chooseModels(ids);
     small.set("models", ids);
     byId("model-name").textContent = ids.length > 1 ? `${ids.length} models` : ids.join("");
     byId("models").title = ids.join(", ");

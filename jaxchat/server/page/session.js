@@ -5,17 +5,23 @@
  * opened. Left out: how anything looks.
  *
  * Events: "open" (another conversation), "change" (its messages), "grow" (detail: a message that
- * streams), "finish" (detail: a message that is complete), "list" (titles), "notice" (detail).
+ * streams), "wait" (for a server that starts), "finish" (detail: a message that is complete), "list"
+ * (titles), "notice" (detail).
  */
 
-import { ApiError, streamAnswer } from "./api.js";
+import { ApiError, continuesText, furthest, standIn, streamAnswer } from "./api.js";
 import * as tree from "./conversation.js";
 
 /** Between two saves of an answer that grows. */
 const SAVE_MS = 700;
 
+/** Between two questions whether a server has started, at least, and where it does not say. */
+const LEAST_WAIT_S = 2;
+const USUAL_WAIT_S = 5;
+
 export class Session extends EventTarget {
   #streams = new Map();
+  #waiting = new Set();
   #working = new Map();
   #saveTimers = new Map();
   #deleted = new Set();
@@ -97,6 +103,12 @@ export class Session extends EventTarget {
     return this.models.length > 0;
   }
 
+  /** The models that answer from now on. */
+  chooseModels(ids) {
+    this.models = ids;
+    if (this.conversation.children.length) this.#emit("change"); // what a retry would ask
+  }
+
   ask(text) {
     const last = tree.path(this.conversation).at(-1);
     this.#askAfter(last?.id ?? null, text);
@@ -104,36 +116,47 @@ export class Session extends EventTarget {
 
   /** Say something else in the place of one's message: a new branch. */
   edit(id, text) {
-    this.#askAfter(this.conversation.messages[id].parent, text);
+    const { messages } = this.conversation;
+    const answers = messages[id].children.map((child) => messages[child]);
+    this.#askAfter(messages[id].parent, text, { leftOut: tree.leftOut(answers) });
   }
 
-  #askAfter(parent, text) {
+  #askAfter(parent, text, options = {}) {
     const message = tree.add(this.conversation, parent, tree.newMessage("user", text));
-    this.#answer(message.id, this.models);
+    this.#answer(message.id, this.models, options);
   }
 
   /** Another answer to the same question, from the models that gave this one. */
   async regenerate(id) {
     const { conversation } = this;
     if (!(await this.haveModels()) || !conversation.messages[id]) return;
-    const group = tree.versions(conversation, id)[tree.versionIndex(conversation, id)];
-    this.#answer(conversation.messages[id].parent, this.#stillThere(group), { conversation });
+    const { parent } = conversation.messages[id];
+    const group = tree.groupOf(conversation, conversation.messages[id]);
+    this.#answer(parent, this.#stillThere(group), { conversation, leftOut: tree.leftOut(group) });
   }
 
-  /** The models of some answers, or where the server has none of them any more, those chosen now. */
+  /** The models of some answers or their stand-ins; where the server has neither, those chosen now. */
   #stillThere(answers) {
-    const known = answers.map(({ model }) => model).filter((model) => this.available.includes(model));
-    return known.length ? known : this.models;
+    const known = answers.map(({ model }) => standIn(model, this.available)).filter(Boolean);
+    return known.length ? [...new Set(known)] : this.models;
+  }
+
+  /** The models that a retry of a failed answer asks. */
+  modelsToRetry(answer) {
+    return this.#stillThere([answer]).slice(0, answer.group ? 1 : undefined);
   }
 
   /** After a failure: the same again, in the place of an answer that is empty. */
-  async retry(id, { dropTurns = 0 } = {}) {
+  async retry(id, { leftOut = this.conversation.messages[id].leftOut } = {}) {
     const { conversation } = this;
     if (!(await this.haveModels()) || !conversation.messages[id]) return;
-    const { parent, parts, model, group } = conversation.messages[id];
+    const answer = conversation.messages[id];
+    const { parent, parts, group } = answer;
+    const shown = tree.shownAfter(conversation, parent);
     if (parts.length === 0) tree.remove(conversation, id);
-    const models = this.#stillThere([{ model }]).slice(0, group ? 1 : undefined);
-    this.#answer(parent, models, { conversation, dropTurns, group });
+    // one of several that was not gone on from is not gone on from now
+    const select = shown === id ? undefined : shown;
+    this.#answer(parent, this.modelsToRetry(answer), { conversation, leftOut, group, select });
   }
 
   deleteMessage(id) {
@@ -156,7 +179,14 @@ export class Session extends EventTarget {
 
   /** Whether the open conversation has an answer under way. */
   get streaming() {
-    return tree.path(this.conversation).some((message) => this.#groupOf(message).some(({ id }) => this.#streams.has(id)));
+    const { conversation } = this;
+    const besides = (message) => (message.group ? tree.groupOf(conversation, message) : [message]);
+    return tree.path(conversation).flatMap(besides).some(({ id }) => this.#streams.has(id));
+  }
+
+  /** Whether an answer waits for a server that starts. */
+  isWaiting(id) {
+    return this.#waiting.has(id);
   }
 
   isStreaming(conversationId) {
@@ -172,53 +202,83 @@ export class Session extends EventTarget {
     this.#streams.get(id)?.abort();
   }
 
-  #groupOf(message) {
-    return message.group
-      ? tree.versions(this.conversation, message.id)[tree.versionIndex(this.conversation, message.id)]
-      : [message];
-  }
-
-  #answer(parent, models, { conversation = this.conversation, dropTurns = 0, group = groupFor(models) } = {}) {
-    const answers = models.map((model) =>
-      tree.add(conversation, parent, tree.newMessage("assistant", "", { model, group, status: "streaming" })),
-    );
-    tree.select(conversation, answers[0].id);
+  /**
+   * Answers of `models` to `parent`, of which `select` is shown, by default the one of the most
+   * finished model. Models side by side are sent each its own answers, not the shown ones.
+   */
+  #answer(parent, models, options = {}) {
+    const { conversation = this.conversation, leftOut = 0, group = groupFor(models), select } = options;
     const history = tree.pathTo(conversation, parent);
-    const kept = dropTurns ? history.slice(2 * dropTurns) : history;
-    for (const answer of answers) this.#stream(conversation, kept, answer);
+    const answers = models.map((model) => {
+      const thread = group ? tree.threadOf(conversation, history, model) : history;
+      const turns = Math.max(leftOut, tree.leftOut(thread));
+      const more = { model, group, leftOut: turns || undefined, status: "streaming" };
+      const answer = tree.add(conversation, parent, tree.newMessage("assistant", "", more));
+      this.#stream(conversation, history, tree.withoutTurns(thread, turns), answer);
+      return answer;
+    });
+    tree.select(conversation, select ?? answers[models.indexOf(furthest(models))].id);
     this.#changed(conversation);
   }
 
-  async #stream(conversation, history, answer) {
+  /** Fill `answer` to `sent`, which is what its model remembers of `history`. */
+  async #stream(conversation, history, sent, answer) {
     const { values } = this.settings;
     const controller = new AbortController();
     this.#streams.set(answer.id, controller);
     this.#working.set(conversation.id, conversation);
-    const messages = tree.apiMessages(history, values.system);
-    const start = performance.now();
+    const messages = tree.apiMessages(sent, values.system);
+    const request = { model: answer.model, messages, settings: values, signal: controller.signal };
     try {
-      const stream = streamAnswer({ model: answer.model, messages, settings: values, signal: controller.signal });
-      for await (const { part, text, tokens, finish, usage } of stream) {
-        if (finish) {
-          answer.finish = finish;
-          if (usage && answer.stats) answer.stats.tokens = usage.completion_tokens;
-        } else {
-          this.#grow(conversation, answer, { part, text, tokens }, start);
-        }
-      }
+      await this.#read(conversation, answer, request);
       delete answer.status;
     } catch (error) {
-      this.#fail(answer, error, history);
+      if (error.kind === "gone") await this.loadModels(); // the server was started again with others
+      this.#fail(answer, error, { history, sent, settings: values });
     }
-    if (answer.stats) answer.stats.totalMs = performance.now() - start;
     this.#streams.delete(answer.id);
+    this.#waiting.delete(answer.id);
     if (!Object.keys(conversation.messages).some((id) => this.#streams.has(id))) this.#working.delete(conversation.id);
     conversation.updated = Date.now();
     this.#changed(conversation);
     if (conversation === this.conversation) this.#emit("finish", answer);
   }
 
+  /** Read the answer as it comes; a server that starts is asked again until it has started. */
+  async #read(conversation, answer, request) {
+    for (;;) {
+      const start = performance.now();
+      try {
+        for await (const { part, text, tokens, finish, usage } of streamAnswer(request)) {
+          if (finish) {
+            answer.finish = finish;
+            if (usage && answer.stats) answer.stats.tokens = usage.completion_tokens;
+          } else {
+            this.#grow(conversation, answer, { part, text, tokens }, start);
+          }
+        }
+        return;
+      } catch (error) {
+        if (error.kind !== "starting") throw error;
+        this.#wait(conversation, answer);
+        await pause(Math.max(LEAST_WAIT_S, error.retryAfter ?? USUAL_WAIT_S), request.signal);
+      } finally {
+        if (answer.stats) answer.stats.totalMs = performance.now() - start;
+      }
+    }
+  }
+
+  #wait(conversation, answer) {
+    if (this.#waiting.has(answer.id)) return;
+    const isFirst = this.#waiting.size === 0;
+    this.#waiting.add(answer.id);
+    if (conversation !== this.conversation) return;
+    this.#emit("change");
+    if (isFirst) this.#emit("wait");
+  }
+
   #grow(conversation, answer, { part, text, tokens }, start) {
+    if (this.#waiting.delete(answer.id) && conversation === this.conversation) this.#emit("change");
     answer.stats ??= { firstMs: performance.now() - start, tokens: 0 };
     answer.stats.tokens += Math.max(1, tokens.length);
     tree.appendText(answer, part, text);
@@ -227,7 +287,7 @@ export class Session extends EventTarget {
     if (conversation === this.conversation) this.#emit("grow", answer);
   }
 
-  #fail(answer, error, history) {
+  #fail(answer, error, { history, sent, settings }) {
     if (error.name === "AbortError") {
       answer.status = "stopped";
       return;
@@ -236,8 +296,7 @@ export class Session extends EventTarget {
     const { kind = "server", message, retryAfter = null } = error;
     answer.status = "failed";
     answer.error = { kind, message, retryAfter };
-    // the turns that can be left out: every question before this one, with its answer
-    answer.error.turns = Math.floor((history.length - 1) / 2);
+    if (kind === "context") Object.assign(answer.error, remedy(answer.model, history, sent, settings));
   }
 
   // --- storing --------------------------------------------------------------------------------
@@ -284,3 +343,19 @@ export class Session extends EventTarget {
 
 /** Answers of several models are one alternative. */
 const groupFor = (models) => (models.length > 1 ? tree.newId() : undefined);
+
+/** What helps where all that was sent was too long: turns to leave out, or else what is to blame. */
+function remedy(model, history, sent, { system, maxTokens }) {
+  const leaveOut = continuesText(model) ? 0 : tree.turnsToLeaveOut(history, sent);
+  if (leaveOut) return { leaveOut };
+  const addsSystem = system.trim() !== "" && !continuesText(model);
+  return { kind: addsSystem || maxTokens !== null ? "settings" : "message" };
+}
+
+/** Wait, or throw AbortError as soon as `signal` is aborted. */
+function pause(seconds, signal) {
+  return new Promise((resolve, reject) => {
+    setTimeout(resolve, 1000 * seconds);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+  });
+}

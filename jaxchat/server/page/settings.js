@@ -3,12 +3,15 @@
 import { small, tabOnly } from "./database.js";
 import { byId, h } from "./dom.js";
 
-/** One entry per setting. `step` makes it a number; `empty` is what an empty field means. */
+/**
+ * One entry per setting. `step` makes it a number; `empty` is what an empty field means. Values that
+ * the server takes by itself begin as null, until it has told them.
+ */
 const FIELDS = {
   system: { label: "System prompt", initial: "", rows: 3, hint: "Put before the first message." },
-  temperature: { label: "Temperature", initial: 0.8, min: 0, max: 2, step: 0.05, slider: true,
+  temperature: { label: "Temperature", initial: null, min: 0, max: 2, step: 0.05, slider: true,
     hint: "0 always takes the most likely token." },
-  topK: { label: "Top-k", initial: 50, min: 0, max: 1000, step: 1, hint: "Tokens to choose from; 0 for all." },
+  topK: { label: "Top-k", initial: null, min: 0, max: 1000, step: 1, hint: "Tokens to choose from; 0 for all." },
   topP: { label: "Top-p", initial: 1, min: 0.01, max: 1, step: 0.01, slider: true,
     hint: "The most likely tokens that together have this probability." },
   maxTokens: { label: "Longest answer", initial: null, min: 1, max: 32768, step: 1, empty: null,
@@ -22,25 +25,50 @@ const FIELDS = {
 };
 
 export class Settings extends EventTarget {
+  #chosen;
+  #defaults = {};
+
   constructor() {
     super();
-    this.values = { ...initialValues(), ...known(small.get("settings") ?? {}) };
-    this.values.apiKey = tabOnly.get("apiKey") ?? "";
+    this.#chosen = { ...known(small.get("settings") ?? {}), apiKey: tabOnly.get("apiKey") ?? "" };
+  }
+
+  /** What the reader has set, else what the server takes, else what the page begins with. */
+  get values() {
+    return { ...initialValues(), ...this.#defaults, ...this.#chosen };
   }
 
   /** Set one value; throws RangeError, naming the limits, for one that is out of range. */
   set(name, value) {
     check(name, value);
-    this.values[name] = value;
-    const { apiKey, ...kept } = this.values;
-    small.set("settings", kept);
-    tabOnly.set("apiKey", apiKey);
-    if (name === "theme") applyTheme(value);
-    this.dispatchEvent(new CustomEvent("change", { detail: name }));
+    this.#chosen[name] = value;
+    this.#keep();
+    this.#announce(name);
   }
 
   reset() {
-    for (const [name, value] of Object.entries(initialValues())) this.set(name, value);
+    this.#chosen = {};
+    this.#keep();
+    for (const name of Object.keys(FIELDS)) this.#announce(name);
+  }
+
+  /** The values that the server takes where a request has none; the page asks for the same. */
+  setDefaults(values) {
+    const names = Object.keys({ ...this.#defaults, ...values });
+    this.#defaults = values;
+    for (const name of names) this.#announce(name);
+  }
+
+  /** Store what the reader has set, and nothing else: a default is not a choice. */
+  #keep() {
+    const { apiKey = "", ...kept } = this.#chosen;
+    small.set("settings", kept);
+    tabOnly.set("apiKey", apiKey);
+  }
+
+  #announce(name) {
+    if (name === "theme") applyTheme(this.values.theme);
+    this.dispatchEvent(new CustomEvent("change", { detail: name }));
   }
 }
 

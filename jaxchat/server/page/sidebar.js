@@ -63,7 +63,8 @@ export class Sidebar {
       this.list.querySelector(`[data-focus="rename-${id}"]`)?.focus();
     };
     input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.isComposing) close(true);
+      if (event.isComposing) return; // the keys are an input method's
+      if (event.key === "Enter") close(true);
       if (event.key === "Escape") {
         event.stopPropagation();
         close(false);

@@ -1,6 +1,6 @@
 /** The messages of the open conversation, kept in step with it; scrolling that follows an answer. */
 
-import { path, textOf, versionIndex, versions } from "./conversation.js";
+import { groupOf, leftOut, path, textOf, withoutTurns } from "./conversation.js";
 import { byId, confirmCopied, h } from "./dom.js";
 import { MessageView } from "./message.js";
 import { hideCard } from "./tokens.js";
@@ -17,6 +17,7 @@ export class Thread {
   #top = 0;
   #grown = new Set();
   #waiting = new WeakMap();
+  #memoryStart = h("p", { class: "memory-start" });
 
   constructor(session) {
     this.session = session;
@@ -43,9 +44,11 @@ export class Thread {
   draw() {
     hideCard();
     const { conversation } = this.session;
-    const rows = path(conversation).map((message) => this.#row(conversation, message));
+    const messages = path(conversation);
+    const rows = messages.map((message) => this.#row(conversation, message));
     const shown = new Set(rows.flatMap(({ views }) => views));
     for (const [id, view] of this.#views) if (!shown.has(view)) this.#views.delete(id);
+    this.#addMemoryStart(rows, messages);
     rows.forEach(({ element }, index) => {
       if (this.element.children[index] !== element) this.element.insertBefore(element, this.element.children[index] ?? null);
     });
@@ -55,13 +58,23 @@ export class Thread {
     if (this.session.streaming) this.#followSoon();
   }
 
+  /** A line where the model's memory begins, once the first turns have been left out. */
+  #addMemoryStart(rows, messages) {
+    const turns = leftOut(messages);
+    if (!turns) return;
+    const left = turns === 1 ? "The first turn no longer fits" : `The first ${turns} turns no longer fit`;
+    this.#memoryStart.textContent = `${left}. The model remembers what follows.`;
+    const start = messages.indexOf(withoutTurns(messages, turns)[0]);
+    rows.splice(start, 0, { element: this.#memoryStart, views: [] });
+  }
+
   /** A message, or several answers of a group in columns. */
   #row(conversation, message) {
     if (!message.group) {
       const view = this.#view(conversation, message);
       return { element: view.element, views: [view] };
     }
-    const group = versions(conversation, message.id)[versionIndex(conversation, message.id)];
+    const group = groupOf(conversation, message);
     const views = group.map((member) => this.#view(conversation, member));
     const existing = views[0].element.closest(".columns");
     const element = existing ?? h("div", { class: "columns", role: "group", aria: { label: "Answers side by side" } });

@@ -4,7 +4,7 @@
  * new ids, and everything else in it is dropped.
  */
 
-import { add, newConversation, newId, newMessage, path } from "./conversation.js";
+import { add, appendText, newConversation, newId, newMessage, path, textOf } from "./conversation.js";
 import { h } from "./dom.js";
 
 const FORMAT = "jaxchat-conversations";
@@ -18,16 +18,44 @@ export function toJson(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
 }
 
-/** The shown branch. A line of a message that looks like our headings gets a backslash. */
+/** Lines that mean something in our files: in a message, such a line gets one backslash more. */
+const OURS = /^(\\*)(##? |`{3,}(?:jaxchat-|python_output))/gm;
+const mask = (text) => text.replace(OURS, "\\$1$2");
+const unmask = (text) => text.replace(OURS, (_, backslashes, mark) => backslashes.slice(1) + mark);
+
+/** A call of the tool or its output, in a fence that no code in an answer has. */
+const FENCE = /\n?^(`{3,})jaxchat-(python_output|python)\n([^]*?)\n\1$\n?/m;
+
+/** How calls were written before: as code in Python, with an output directly behind it. */
+const OLD_CALL = /\n?^```python\n((?:(?!```).*\n)+)```\n\n?```python_output\n((?:(?!```).*\n)+)```$\n?/gm;
+
+/** The shown branch. */
 export function toMarkdown(conversation) {
   const sections = path(conversation).map((message) => {
-    const text = message.parts.map(({ type, text: part }) => (type === "text" ? part : fence(type, part))).join("");
-    return `${HEADINGS[message.role]}\n\n${text.replace(/^(\\*)(##? )/gm, "\\$1$2")}`;
+    const text = message.role === "user" ? mask(textOf(message)) : joined(message.parts).map(written).join("");
+    return `${HEADINGS[message.role]}\n\n${text}`;
   });
   return [`# ${conversation.title.replace(/\s+/g, " ")}`, ...sections].join("\n\n") + "\n";
 }
 
-const fence = (type, text) => `\n\`\`\`${type}\n${text}\n\`\`\`\n`;
+/** The parts, neighbours of text as one, so that each begins a line. */
+function joined(parts) {
+  const message = { parts: [] };
+  for (const { type, text } of parts) {
+    if (type === "text") appendText(message, type, text);
+    else message.parts.push({ type, text });
+  }
+  return message.parts;
+}
+
+const written = ({ type, text }) => (type === "text" ? mask(text) : fence(type, mask(text)));
+
+/** The fence is longer than any in its text. */
+function fence(type, text) {
+  const longest = Math.max(2, ...Array.from(text.matchAll(/`+/g), ([ticks]) => ticks.length));
+  const ticks = "`".repeat(longest + 1);
+  return `\n${ticks}jaxchat-${type}\n${text}\n${ticks}\n`;
+}
 
 /** The conversations in a file; throws Error, saying what is wrong with it. */
 export async function readFile(file) {
@@ -42,15 +70,17 @@ export async function readFile(file) {
 
 export function fromMarkdown(text) {
   const conversation = newConversation();
-  const [head, ...sections] = text.replaceAll("\r\n", "\n").split(/^(?=## (?:You|Answer)$)/m);
+  const isOfWindows = !/(^|[^\r])\n/.test(text); // a carriage return may also be part of a message
+  const lines = isOfWindows ? text.replaceAll("\r\n", "\n") : text;
+  const [head, ...sections] = lines.replace(/\n$/, "\n\n").split(/^(?=## (?:You|Answer)$)/m);
   if (sections.length === 0) throw new Error("it has no line “## You” or “## Answer”");
   let parent = null;
   for (const section of sections) {
     const [heading] = section.split("\n", 1);
     const role = heading === HEADINGS.user ? "user" : "assistant";
-    const body = section.slice(heading.length).trim().replace(/^\\(\\*##? )/gm, "$1");
-    const message = newMessage(role, "", role === "user" ? {} : { model: "" });
-    message.parts = role === "user" ? [{ type: "text", text: body }] : partsOf(body);
+    const body = section.slice(heading.length).replace(/^\n\n?/, "").replace(/\n?\n$/, "");
+    const message = role === "user" ? newMessage(role, unmask(body)) : newMessage(role, "", { model: "" });
+    if (role === "assistant") message.parts = partsOf(body);
     parent = add(conversation, parent, message).id;
   }
   conversation.title = head.match(/^# (.+)$/m)?.[1].trim() || conversation.title || "Imported";
@@ -58,11 +88,12 @@ export function fromMarkdown(text) {
 }
 
 function partsOf(body) {
+  const calls = (_, call, output) => fence("python", call.slice(0, -1)) + fence("python_output", output.slice(0, -1));
   const parts = [];
-  const pieces = body.split(/\n?^```(python_output|python)\n([^]*?)\n```$\n?/m);
-  for (let at = 0; at < pieces.length; at += 3) {
-    if (pieces[at]) parts.push({ type: "text", text: pieces[at] });
-    if (at + 2 < pieces.length) parts.push({ type: pieces[at + 1], text: pieces[at + 2] });
+  const pieces = body.replace(OLD_CALL, calls).split(FENCE);
+  for (let at = 0; at < pieces.length; at += 4) {
+    if (pieces[at]) parts.push({ type: "text", text: unmask(pieces[at]) });
+    if (at + 3 < pieces.length) parts.push({ type: pieces[at + 2], text: unmask(pieces[at + 3]) });
   }
   return parts;
 }
@@ -114,6 +145,7 @@ function rebuildMessage(source, groups) {
   message.model = string(source.model);
   if (source.finish) message.finish = string(source.finish);
   if (source.status) message.status = "stopped";
+  if (Number.isInteger(source.leftOut) && source.leftOut > 0) message.leftOut = source.leftOut;
   if (source.group) message.group = newGroup(groups, string(source.group));
   const { tokens, totalMs, firstMs } = isObject(source.stats) ? source.stats : {};
   if ([tokens, totalMs, firstMs].every(Number.isFinite)) message.stats = { tokens, totalMs, firstMs };
