@@ -3,7 +3,7 @@
 from playwright.sync_api import expect
 
 from tests.page.conftest import Chat
-from tests.page.scripted_server import says
+from tests.page.scripted_server import fails, says
 from tests.page.test_chat import texts_equal
 
 
@@ -18,6 +18,55 @@ def test_an_open_conversation_goes_on_from_what_another_tab_added(chat, context,
     texts_equal(chat, *texts)
     chat.page.reload()
     texts_equal(chat, *texts)
+
+
+def test_a_retry_in_the_middle_keeps_what_followed(chat, server):
+    server.play(fails(500, "x"))
+    chat.say("one")
+    chat.say("two")
+    chat.button("Retry").click()
+    chat.wait_until_finished()
+    texts_equal(chat, "one", "d4-sft heard: one")
+    chat.button("Previous alternative").click()
+    texts_equal(chat, "one", "", "two", "d4-sft heard: two")
+    chat.page.reload()
+    texts_equal(chat, "one", "", "two", "d4-sft heard: two")
+
+
+def test_an_edit_is_kept_when_editing_is_asked_for_again(chat):
+    chat.say("first")
+    chat.box.press("ArrowUp")
+    editor = chat.page.get_by_label("Edit your message")
+    editor.fill("a better question")
+    chat.box.focus()
+    chat.box.press("ArrowUp")
+    expect(editor).to_have_value("a better question")
+    expect(editor).to_be_focused()
+
+
+def test_keys_of_an_input_method_end_no_edit_and_no_answer(chat, server):
+    def press_escape(composing):
+        options = {"key": "Escape", "isComposing": composing, "bubbles": True}
+        script = "(e, options) => e.dispatchEvent(new KeyboardEvent('keydown', options))"
+        editor.evaluate(script, options)
+
+    chat.say("first")
+    chat.box.press("ArrowUp")
+    editor = chat.page.get_by_label("Edit your message")
+    press_escape(True)
+    expect(editor).to_be_visible()
+    press_escape(False)
+    expect(editor).to_be_hidden()
+
+
+def test_the_skip_link_leads_to_the_box_and_leaves_the_conversation_open(chat):
+    chat.say("one")
+    url = chat.page.url
+    chat.page.locator(".skip").focus()
+    chat.page.keyboard.press("Enter")
+    expect(chat.box).to_be_focused()
+    assert chat.page.url == url
+    texts_equal(chat, "one", "d4-sft heard: one")
 
 
 def test_undo_works_after_other_conversations_were_open(chat):

@@ -3,6 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
+from tests.page.conftest import Chat
 from tests.page.scripted_server import says
 
 
@@ -29,6 +30,32 @@ def test_every_setting_reaches_the_server_and_outlives_a_reload(chat, server):
         assert "logprobs" not in body
         chat.page.reload()
         chat.button("New chat").click()
+
+
+def test_two_tabs_do_not_undo_each_others_settings(chat, context, server):
+    other = Chat.open(context, server)
+    open_settings(chat).get_by_label("System prompt").fill("Be brief.")
+    chat.button("Done").click()
+    open_settings(other).get_by_label("Seed").fill("7")
+    other.button("Done").click()
+    for one in (chat, other):
+        one.page.reload()
+        one.button("New chat").click()
+        one.say("hello")
+        body = server.requests[-1][1]
+        assert (body["messages"][0]["content"], body["seed"]) == ("Be brief.", 7)
+
+
+@pytest.mark.parametrize("kept", ["{}", '"x"', "5", "true", "[3]", "{"])
+def test_what_is_damaged_in_the_browsers_storage_is_no_obstacle(chat, server, kept):
+    names = ("models", "settings", "draft.new")
+    for name in names:
+        chat.page.evaluate(
+            "([name, kept]) => localStorage.setItem(`jaxchat.${name}`, kept)", [name, kept]
+        )
+    chat.page.reload()
+    chat.say("hello")
+    assert chat.answer_text() == "d4-sft heard: hello"
 
 
 def test_reset_brings_the_first_values_back(chat, server):

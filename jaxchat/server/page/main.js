@@ -69,6 +69,11 @@ async function openAddress() {
 
 addEventListener("popstate", openAddress);
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // its fragment would be taken for a conversation
+  byId("prompt").focus();
+});
+
 // --- what is said to the reader -----------------------------------------------------------------
 
 session.addEventListener("notice", ({ detail }) => notice(detail.text, detail));
@@ -138,6 +143,7 @@ byId("import-file").addEventListener("change", async ({ target }) => {
 });
 
 addEventListener("keydown", (event) => {
+  if (event.isComposing) return; // the keys are an input method's
   const command = event.ctrlKey || event.metaKey;
   if (event.key === "Escape" && !dialog.open) {
     if (hideCard() || closeMenus() || sidebar.closeDrawer()) return; // an answer that comes goes on

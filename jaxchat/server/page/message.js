@@ -130,6 +130,10 @@ export class MessageView {
 
   /** Replace the bubble by a box to edit the message in. */
   startEditing() {
+    if (this.#editor) {
+      this.#editor.querySelector("textarea").focus(); // what has been written stays
+      return;
+    }
     const box = h("textarea", { class: "edit-box", value: textOf(this.message), aria: { label: "Edit your message" } });
     const end = () => {
       this.#editor = null;
@@ -148,10 +152,11 @@ export class MessageView {
       [...this.actions.children].find((button) => button.ariaLabel === "Edit")?.focus();
     };
     box.addEventListener("keydown", (event) => {
+      if (event.isComposing) return; // the keys are an input method's
       if (event.key === "Escape") {
         event.stopPropagation();
         cancel();
-      } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      } else if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         save();
       }

@@ -22,7 +22,8 @@ export class ModelPicker {
     const ids = this.#models.map(({ id }) => id);
     this.session.available = ids;
     this.settings.setDefaults(this.#models[0]?.defaults ?? {}); // the same for all that a server has
-    const before = new Set((small.get("models") ?? []).map((id) => standIn(id, ids)).filter(Boolean));
+    const kept = small.get("models");
+    const before = new Set((Array.isArray(kept) ? kept : []).map((id) => standIn(String(id), ids)).filter(Boolean));
     const preferred = this.#models.findLast(({ stage }) => stage === "sft") ?? this.#models.at(-1);
     this.#choose(before.size ? [...before] : preferred ? [preferred.id] : []);
     this.several.checked = this.session.models.length > 1;

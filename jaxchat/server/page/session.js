@@ -146,14 +146,14 @@ export class Session extends EventTarget {
     return this.#stillThere([answer]).slice(0, answer.group ? 1 : undefined);
   }
 
-  /** After a failure: the same again, in the place of an answer that is empty. */
+  /** After a failure: the same again, in the place of an answer that is empty and the last. */
   async retry(id, { leftOut = this.conversation.messages[id].leftOut } = {}) {
     const { conversation } = this;
     if (!(await this.haveModels()) || !conversation.messages[id]) return;
     const answer = conversation.messages[id];
     const { parent, parts, group } = answer;
     const shown = tree.shownAfter(conversation, parent);
-    if (parts.length === 0) tree.remove(conversation, id);
+    if (parts.length === 0 && answer.children.length === 0) tree.remove(conversation, id);
     // one of several that was not gone on from is not gone on from now
     const select = shown === id ? undefined : shown;
     this.#answer(parent, this.modelsToRetry(answer), { conversation, leftOut, group, select });

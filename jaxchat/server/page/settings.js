@@ -30,7 +30,11 @@ export class Settings extends EventTarget {
 
   constructor() {
     super();
-    this.#chosen = { ...known(small.get("settings") ?? {}), apiKey: tabOnly.get("apiKey") ?? "" };
+    this.#chosen = chosenBefore();
+    addEventListener("storage", () => {
+      this.#chosen = chosenBefore(); // another tab has set one
+      for (const name of Object.keys(FIELDS)) this.#announce(name);
+    });
   }
 
   /** What the reader has set, else what the server takes, else what the page begins with. */
@@ -70,6 +74,10 @@ export class Settings extends EventTarget {
     if (name === "theme") applyTheme(this.values.theme);
     this.dispatchEvent(new CustomEvent("change", { detail: name }));
   }
+}
+
+function chosenBefore() {
+  return { ...known(small.get("settings") ?? {}), apiKey: tabOnly.get("apiKey") ?? "" };
 }
 
 function initialValues() {
