@@ -189,8 +189,7 @@ class CheckpointStore:
     def save(self, step: int, backend: Backend, meta: Mapping[str, Any]) -> None:
         """Start writing a checkpoint; `finish`, or the next save, waits until it is on disk."""
         self.finish()
-        target = self.path(step)
-        staging = target.with_suffix(".tmp")
+        staging = self.path(step).with_suffix(".tmp")
         if runtime.is_first_process():
             self._make_room(staging)
             record = {"step": step, "backend": backend.name, "model": asdict(backend.config)}
@@ -200,7 +199,7 @@ class CheckpointStore:
         except BaseException:
             _remove(staging)
             raise
-        self._commit = threading.Thread(target=self._publish, args=(backend, staging, target))
+        self._commit = threading.Thread(target=self._publish, args=(backend, staging, step))
         self._commit.start()
 
     def finish(self) -> None:
@@ -244,18 +243,19 @@ class CheckpointStore:
         """
         return claim(self.directory) if runtime.is_first_process() else nullcontext()
 
-    def _publish(self, backend: Backend, staging: Path, target: Path) -> None:
+    def _publish(self, backend: Backend, staging: Path, step: int) -> None:
         try:
             backend.wait()
             if not runtime.is_first_process():
                 return
+            target = self.path(step)
             if target.exists():
                 shutil.rmtree(target)
             staging.rename(target)
-            until_now = [step for step in self.steps() if self.path(step) <= target]
-            for step in until_now[: -self.keep]:
-                if step != self.best():
-                    shutil.rmtree(self.path(step))
+            until_now = [other for other in self.steps() if other <= step]
+            for old in until_now[: -self.keep]:
+                if old != self.best():
+                    shutil.rmtree(self.path(old))
         except BaseException as error:  # handed to the caller by finish()
             _remove(staging)
             self._error = error

@@ -18,13 +18,11 @@ class Deadlines:
 
     @contextlib.asynccontextmanager
     async def limit(self, seconds: float) -> AsyncIterator[None]:
-        """`asyncio.timeout`, which `end` cuts short; TimeoutError, at once where no time is left.
+        """`asyncio.timeout`, which `end` cuts short; TimeoutError either way.
 
         Not around a `yield` to somebody who may wait elsewhere when the time is over.
         """
-        if self.over or seconds <= 0:
-            raise TimeoutError
-        async with asyncio.timeout(seconds) as limit:
+        async with asyncio.timeout(0 if self.over else seconds) as limit:
             self._limits.add(limit)
             try:
                 yield

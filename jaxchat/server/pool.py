@@ -99,7 +99,10 @@ class Pool:
         batches = stream.batches()
         try:
             while True:
-                async with self._replying.limit(deadline - clock()):
+                left = deadline - clock()
+                if self._replying.over or left <= 0:  # it may have passed while a client read
+                    raise TimeoutError
+                async with self._replying.limit(left):
                     batch = await anext(batches, None)
                 if batch is None:
                     break

@@ -20,6 +20,73 @@ def test_an_open_conversation_goes_on_from_what_another_tab_added(chat, context,
     texts_equal(chat, *texts)
 
 
+def test_two_tabs_that_write_at_the_same_time_keep_what_either_wrote(chat, context, server):
+    chat.say("one")
+    other = Chat.open(context, server, path=f"/{chat.page.url.rsplit('/', 1)[1]}")
+    texts_equal(other, "one", "d4-sft heard: one")
+    server.play(says(*["slow "] * 20, pause_s=0.1))
+    chat.say("two", wait=False)
+    expect(chat.answers.last).to_contain_text("slow slow")
+    other.say("three")  # another branch, as that tab has not heard of the first yet
+    chat.wait_until_finished()
+    for tab in (chat, other):
+        tab.page.reload()
+        expect(tab.messages).to_have_count(4)
+        seen = {tab.messages.nth(2).locator(".body").inner_text().strip()}
+        tab.messages.nth(2).hover()
+        step = tab.button("Previous alternative").or_(tab.button("Next alternative"))
+        step.and_(tab.page.locator(":enabled")).first.click()
+        seen.add(tab.messages.nth(2).locator(".body").inner_text().strip())
+        assert seen == {"two", "three"}
+        assert "…" not in tab.texts()[3]
+
+
+def test_a_conversation_that_another_tab_deletes_stays_deleted(chat, context, server):
+    chat.say("one")
+    other = Chat.open(context, server, path=f"/{chat.page.url.rsplit('/', 1)[1]}")
+    server.play(says(*["slow "] * 40, pause_s=0.1))
+    chat.say("two", wait=False)
+    expect(chat.answers.last).to_contain_text("slow slow")
+    other.page.get_by_role("link", name="one", exact=True).hover()
+    other.page.get_by_role("button", name="Delete one").click()
+    expect(chat.page.locator("h1")).to_have_text("New chat")
+    chat.page.wait_for_timeout(1000)  # longer than between two saves
+    for tab in (chat, other):
+        expect(tab.page.get_by_role("link", name="one", exact=True)).to_have_count(0)
+        tab.page.reload()
+        expect(tab.page.get_by_role("link", name="one", exact=True)).to_have_count(0)
+
+
+def test_a_deleted_conversation_can_be_brought_back_and_written_to_elsewhere(chat, context, server):
+    chat.say("one")
+    other = Chat.open(context, server, path=f"/{chat.page.url.rsplit('/', 1)[1]}")
+    other.page.get_by_role("link", name="one", exact=True).hover()
+    other.page.get_by_role("button", name="Delete one").click()
+    expect(chat.page.locator("h1")).to_have_text("New chat")
+    other.button("Undo").click()
+    chat.page.get_by_role("link", name="one", exact=True).click()
+    chat.say("two")
+    chat.page.reload()
+    texts_equal(chat, "one", "d4-sft heard: one", "two", "d4-sft heard: two")
+
+
+def test_a_message_that_another_tab_deletes_is_gone_and_comes_back_with_undo(chat, context, server):
+    chat.say("one")
+    chat.say("two")
+    other = Chat.open(context, server, path=f"/{chat.page.url.rsplit('/', 1)[1]}")
+    texts_equal(other, "one", "d4-sft heard: one", "two", "d4-sft heard: two")
+    other.messages.nth(2).hover()
+    other.messages.nth(2).get_by_role("button", name="Delete").click()
+    texts_equal(chat, "one", "d4-sft heard: one")
+    chat.say("three")
+    other.button("Undo").click()
+    texts_equal(other, "one", "d4-sft heard: one", "two", "d4-sft heard: two")
+    for tab in (chat, other):
+        tab.page.reload()
+        tab.messages.nth(2).hover()
+        expect(tab.page.locator(".versions").first).to_contain_text("/2")
+
+
 def test_a_retry_in_the_middle_keeps_what_followed(chat, server):
     server.play(fails(500, "x"))
     chat.say("one")

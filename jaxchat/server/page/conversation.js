@@ -4,9 +4,10 @@
  * sees is the path from the root along these choices. Plain data and pure functions on it, so that
  * the tree can be stored, exported and tested as it is.
  *
- *   { id, title, created, updated, children: [id], active: index, messages: { id: message } }
+ *   { id, title, created, updated, children: [id], active: index, messages: { id: message },
+ *     revision?, renamed?: time, removed?: { id: time } }
  *   message: { id, parent, role, parts: [{ type, text }], children, active, created,
- *              model?, group?, leftOut?, status?, finish?, error?, stats?, tokens? }
+ *              model?, group?, leftOut?, status?, finish?, error?, stats?, tokens?, restored?: time }
  *
  * `group` ties answers of several models to one question; they are one alternative, shown side by
  * side. `leftOut` of an answer counts the turns, from the first on, that its model was not sent
@@ -118,13 +119,18 @@ export function remove(conversation, id) {
   const messages = subtree(conversation, id).map((gone) => conversation.messages[gone]);
   for (const message of messages) delete conversation.messages[message.id];
   conversation.updated = Date.now();
+  // another tab that still has them must hear of it
+  for (const message of messages) (conversation.removed ??= {})[message.id] = conversation.updated;
   return { messages, parent, index, active };
 }
 
 /** Put back what `remove` took; false where what it hung on is gone too. */
 export function restore(conversation, { messages, parent, index, active }) {
   if (!holder(conversation, parent) || conversation.messages[messages[0].id]) return false;
-  for (const message of messages) conversation.messages[message.id] = message;
+  for (const message of messages) {
+    conversation.messages[message.id] = message;
+    message.restored = Date.now() + 1; // after its removal, be that in the same millisecond
+  }
   const siblings = holder(conversation, parent);
   siblings.children.splice(index, 0, messages[0].id);
   siblings.active = Math.min(active, siblings.children.length - 1);

@@ -4,7 +4,7 @@
  * silently. Left out: the small things (settings, drafts), which are in localStorage.
  */
 
-import { textOf } from "./conversation.js";
+import { newId, textOf } from "./conversation.js";
 
 const STORE = "conversations";
 
@@ -29,15 +29,31 @@ export class Database extends EventTarget {
     this.#channel.onmessage = ({ data }) => this.#changedElsewhere(data);
   }
 
-  async put(conversation) {
+  /**
+   * Store a conversation. What another tab has stored meanwhile is first given to
+   * `join(conversation, stored)`, in the same transaction, so that nobody writes in between; without
+   * `join` it is overwritten, by the one request that a page which closes still makes.
+   */
+  async put(conversation, join = null) {
     const database = await this.#opened;
-    this.#index.set(conversation.id, summary(conversation));
     try {
       if (!database) throw new Error("the browser offers no storage");
-      await done(database.transaction(STORE, "readwrite"), (store) => store.put(conversation));
+      await done(database.transaction(STORE, "readwrite"), (store) => {
+        const write = () => store.put(Object.assign(conversation, { revision: newId() }));
+        if (!join) return write();
+        const found = store.get(conversation.id);
+        found.onsuccess = () => {
+          const stored = found.result;
+          if (stored && stored.revision !== conversation.revision) join(conversation, stored);
+          write();
+        };
+        return found;
+      });
+      this.#index.set(conversation.id, summary(conversation));
       this.#memory.delete(conversation.id);
       this.#channel.postMessage(conversation.id);
     } catch (error) {
+      this.#index.set(conversation.id, summary(conversation));
       this.#memory.set(conversation.id, structuredClone(conversation));
       if (database) this.onFailure(error);
     }

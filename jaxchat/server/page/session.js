@@ -11,6 +11,7 @@
 
 import { ApiError, continuesText, furthest, standIn, streamAnswer } from "./api.js";
 import * as tree from "./conversation.js";
+import { merge } from "./merge.js";
 
 /** Between two saves of an answer that grows. */
 const SAVE_MS = 700;
@@ -24,7 +25,8 @@ export class Session extends EventTarget {
   #waiting = new Set();
   #working = new Map();
   #saveTimers = new Map();
-  #deleted = new Set();
+  /** Conversations that are gone, and whether this tab has deleted them. */
+  #deleted = new Map();
 
   constructor(database, settings) {
     super();
@@ -56,20 +58,43 @@ export class Session extends EventTarget {
     return true;
   }
 
-  /** Another tab has stored the open conversation: go on from what it has, once it is complete. */
+  /**
+   * Another tab has stored or deleted a conversation: go on from what it has, once its answers are
+   * complete. What is under way here is joined with it when it is stored.
+   */
   async #changedElsewhere(id) {
-    if (id !== this.conversation.id || this.#working.has(id)) return;
+    if (id !== this.conversation.id && !this.#working.has(id) && !this.#deleted.has(id)) return;
     const stored = await this.database.get(id);
-    if (!stored || id !== this.conversation.id || this.#working.has(id)) return;
+    if (!stored) {
+      this.#deletedElsewhere(id);
+      return;
+    }
+    if (this.#deleted.get(id)) {
+      await this.database.remove(id); // that tab had not heard of it yet
+      return;
+    }
+    this.#deleted.delete(id); // it has been brought back
+    if (id !== this.conversation.id || this.#working.has(id)) return;
     if (Object.values(stored.messages).some(({ status }) => status === "streaming")) return;
     this.conversation = stored;
     this.#emit("change");
   }
 
+  #deletedElsewhere(id) {
+    if (this.#deleted.has(id)) return;
+    this.#deleted.set(id, false);
+    const conversation = this.#working.get(id);
+    for (const message of Object.keys(conversation?.messages ?? {})) this.stopMessage(message);
+    if (id === this.conversation.id && this.conversation.children.length) {
+      this.newChat();
+      this.#notice("Another tab has deleted this conversation.");
+    }
+  }
+
   async rename(id, title) {
     const conversation = await this.#load(id);
     if (!conversation || !title.trim()) return;
-    conversation.title = title.trim();
+    Object.assign(conversation, { title: title.trim(), renamed: Date.now() });
     await this.#store(conversation);
     if (conversation.id === this.conversation.id) this.#emit("change");
   }
@@ -77,7 +102,7 @@ export class Session extends EventTarget {
   async deleteConversation(id) {
     const conversation = await this.#load(id);
     if (!conversation) return;
-    this.#deleted.add(id); // an answer that ends now must not store it again
+    this.#deleted.set(id, true); // an answer that ends now must not store it again
     for (const message of Object.values(conversation.messages)) this.stopMessage(message.id);
     await this.database.remove(id);
     if (this.conversation.id === id) this.newChat();
@@ -314,16 +339,24 @@ export class Session extends EventTarget {
   async #store(conversation) {
     clearTimeout(this.#saveTimers.get(conversation.id));
     this.#saveTimers.delete(conversation.id);
-    if (this.#deleted.has(conversation.id)) return;
-    await this.database.put(conversation);
+    await this.#put(conversation);
     this.#emit("list");
+  }
+
+  /** Store a conversation joined with what other tabs have made of it. */
+  async #put(conversation) {
+    if (this.#deleted.has(conversation.id)) return;
+    let changed = false;
+    const isGrowing = (id) => this.#streams.has(id);
+    await this.database.put(conversation, (ours, theirs) => (changed = merge(ours, theirs, isGrowing)));
+    if (changed && conversation === this.conversation) this.#emit("change");
   }
 
   #saveSoon(conversation) {
     if (this.#saveTimers.has(conversation.id)) return;
     const save = () => {
       this.#saveTimers.delete(conversation.id);
-      if (!this.#deleted.has(conversation.id)) this.database.put(conversation);
+      this.#put(conversation);
     };
     this.#saveTimers.set(conversation.id, setTimeout(save, SAVE_MS));
   }
