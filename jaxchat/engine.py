@@ -59,7 +59,11 @@ class Engine:
         self._slots = [Slot(index) for index in range(slots)]
         self._waiting: deque[Sample] = deque()
         self._at_work: Sequence[Slot] = ()
-        """The slots that a step works for just now: one that it reads, or all."""
+        """The slots that a step works for just now: one that it reads or decodes, or all."""
+        self._decoding = False
+        """Whether it decodes them."""
+        self._suspects: list[Slot] = []
+        """Slots of which one made a step fail that decoded all: each is decoded alone once."""
         self._events: list[Event] = []
         self._count = 0
         self.prompt_tokens, self.reused_tokens = 0, 0
@@ -105,14 +109,14 @@ class Engine:
         First tokens are returned before anything is decoded: nobody waits for a dispatch to see
         the beginning of a reply.
         """
-        self._at_work = self._slots
+        self._at_work, self._decoding = self._slots, False
         self._admit()
         for slot in self._slots:
             if slot.sample is not None and (len(slot.pending) > 1 or not slot.started):
                 self._at_work = (slot,)
                 self._prefill(slot)
-        self._at_work = self._slots
         if not self._events:
+            self._at_work, self._decoding = self._next_to_decode(), True
             self._decode()
         events, self._events = self._events, []
         return events
@@ -127,13 +131,17 @@ class Engine:
     def reset(self) -> list[Event]:
         """Start over after a step has failed: returns the ends of what it took down.
 
-        A failure while one slot was read is its request's, which ends with the reason `error`. The
-        others go on, their rows read anew: a failed step may have left nothing of the cache. A
-        failure while all were decoded ends all of them. What waits still waits.
+        A failure while one slot was read or decoded is its request's, which ends with the reason
+        `error`. The others go on, their rows read anew: a failed step may have left nothing of the
+        cache. After a failure of several that were decoded, each goes on alone for a dispatch, so
+        that only the one at fault ends. What waits still waits.
         """
-        samples = [slot.sample for slot in self._at_work if slot.sample is not None]
-        for number in dict.fromkeys(sample.number for sample in samples):
-            self._end(number, "error")
+        taken = [slot for slot in self._at_work if slot.sample is not None]
+        if self._decoding and len(taken) > 1:
+            self._suspects = taken
+        else:
+            for number in dict.fromkeys(slot.sample.number for slot in taken if slot.sample):
+                self._end(number, "error")
         self._at_work = ()
         for slot in self._slots:
             slot.pending = [] if slot.sample is None else slot.held + slot.pending
@@ -145,13 +153,15 @@ class Engine:
 
     def probe(self) -> None:
         """Read and write on a cache that is fresh from `reset`; raises what the backend raises."""
-        slots, waiting = self._slots, self._waiting
+        slots, waiting, suspects = self._slots, self._waiting, self._suspects
         self._slots, self._waiting = [Slot(slot.index) for slot in slots], deque()
+        self._suspects = []
         params = SamplingParams(max_tokens=2, ignore_eos=True)
         try:
             self.complete([Request([self.tokenizer.bos_id], params, tools=False)])
         finally:
-            self._slots, self._waiting, self._at_work = slots, waiting, ()
+            self._slots, self._waiting, self._suspects = slots, waiting, suspects
+            self._at_work = ()
             self._events.clear()
 
     def score_prompt(self, ids: Sequence[int]) -> PromptScores:
@@ -264,10 +274,18 @@ class Engine:
             slot.held = list(prompt.ids)
         return prompt.logits
 
+    def _next_to_decode(self) -> Sequence[Slot]:
+        """All slots, or one that is suspected of having made them fail."""
+        while self._suspects:
+            slot = self._suspects.pop(0)
+            if slot.sample is not None:
+                return (slot,)
+        return self._slots
+
     def _decode(self) -> None:
         budgets = [
             (slot, min(self.tokens_per_dispatch, self._room(slot.sample)))
-            for slot in self._slots
+            for slot in self._at_work
             if slot.sample is not None
         ]
         if not budgets:

@@ -146,24 +146,72 @@ def test_edges(name, params, length):
         assert got.ids == engine(name, slots=2).complete([greedy])[0].ids
 
 
-def test_an_engine_recovers_from_a_failed_step_and_keeps_what_waits(monkeypatch):
-    one = engine(slots=2)
-    requests = mixed_requests(4)
-    numbers = [one.submit(request) for request in requests]
-    one.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(one.backend, "decode", lambda cache, batch: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            one.step()
-    ended = {event.request: event.finish_reason for event in one.reset() if event.finish_reason}
-    assert ended == dict.fromkeys(numbers[:2], "error")
-    finished = {}
-    while one.busy:
-        for event in one.step():
+def drive(one, failed):
+    """Step until nothing is left, starting over after failures; tokens and ends by request."""
+    tokens, ends = {}, {}
+
+    def note(events):
+        for event in events:
             if event.token is not None:
-                finished.setdefault(event.request, []).append(event.token)
-    alone = [engine(slots=2).complete([request])[0].ids for request in requests[2:]]
-    assert [finished[number] for number in numbers[2:]] == alone
+                tokens.setdefault(event.request, []).append(event.token)
+            if event.finish_reason:
+                ends[event.request] = event.finish_reason
+
+    while one.busy:
+        try:
+            note(one.step())
+        except ZeroDivisionError:
+            failed.append(len(failed))
+            assert len(failed) < 50
+            note(one.reset())
+            one.probe()
+    return tokens, ends
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_step_that_fails_once_costs_nobody_anything(name, monkeypatch):
+    requests = mixed_requests(4)
+    expected = [engine(name, slots=2).complete([request])[0].ids for request in requests]
+    one, failed = engine(name, slots=2), []
+    decode, calls = one.backend.decode, []
+
+    def fails_once(cache, batch):
+        calls.append(1)
+        return 1 / 0 if len(calls) == 2 else decode(cache, batch)
+
+    monkeypatch.setattr(one.backend, "decode", fails_once)
+    numbers = [one.submit(request) for request in requests]
+    tokens, ends = drive(one, failed)
+    assert len(failed) == 1
+    assert [tokens[number] for number in numbers] == expected
+    assert "error" not in ends.values()
+
+
+def test_only_the_request_that_makes_decoding_fail_ends(monkeypatch):
+    requests = mixed_requests(4)
+    expected = [engine(slots=4).complete([request])[0].ids for request in requests]
+    one, failed = engine(slots=4), []
+    numbers = [one.submit(request) for request in requests]
+    decode, guilty = one.backend.decode, requests[2].params
+
+    def poisoned(cache, batch):
+        return 1 / 0 if guilty in batch.params else decode(cache, batch)
+
+    monkeypatch.setattr(one.backend, "decode", poisoned)
+    tokens, ends = drive(one, failed)
+    assert ends.pop(numbers[2]) == "error"
+    assert "error" not in ends.values()
+    assert len(failed) == 2  # together, and alone
+    others = [0, 1, 3]
+    assert [tokens[numbers[i]] for i in others] == [expected[i] for i in others]
+
+
+def test_an_engine_that_cannot_decode_at_all_ends_every_request(monkeypatch):
+    one, failed = engine(slots=2), []
+    numbers = [one.submit(request) for request in mixed_requests(4)]
+    monkeypatch.setattr(one.backend, "decode", lambda cache, batch: 1 / 0)
+    monkeypatch.setattr(one, "probe", lambda: None)
+    assert drive(one, failed)[1] == dict.fromkeys(numbers, "error")
 
 
 def test_nothing_compiles_after_warm_up():
