@@ -136,11 +136,11 @@ class Engine:
         cache. After a failure of several that were decoded, each goes on alone for a dispatch, so
         that only the one at fault ends. What waits still waits.
         """
-        taken = [slot for slot in self._at_work if slot.sample is not None]
-        if self._decoding and len(taken) > 1:
-            self._suspects = taken
+        samples = [slot.sample for slot in self._at_work if slot.sample is not None]
+        if self._decoding and len(samples) > 1:
+            self._suspects = list(self._at_work)
         else:
-            for number in dict.fromkeys(slot.sample.number for slot in taken if slot.sample):
+            for number in dict.fromkeys(sample.number for sample in samples):
                 self._end(number, "error")
         self._at_work = ()
         for slot in self._slots:

@@ -34,6 +34,9 @@ from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
 from jaxchat.train_step import StepMetrics, TrainState, make_train_step
 
+OFFLOADED = "pinned_host"
+"""The kind of memory that an offloaded optimizer state rests in."""
+
 
 class JaxBackend:
     """One model on every device of a mesh."""
@@ -107,7 +110,7 @@ class JaxBackend:
         self._writers["params"].save(directory / "params", self.params)
         if self._opt_state is not None:
             self._writers["optimizer"].save(directory / "optimizer", self._opt_state)
-        if any(_is_on_host(x) for x in jax.tree.leaves((self.params, self._opt_state))):
+        if self.devices.platform == "cpu" or _is_offloaded(self._opt_state):
             self.wait()  # the writer may read host arrays in place, and the next step donates them
 
     def load(self, directory: Path) -> None:
@@ -154,7 +157,7 @@ class JaxBackend:
         abstract = jax.eval_shape(transform.init, self.params)
         updating, resting = None, sharding.optimizer_state(self.mesh, abstract)
         if savings.offload_optimizer:
-            kinds = ("device", "pinned_host")  # named, or the step would compute where it rests
+            kinds = ("device", OFFLOADED)  # named, or the step would compute where it rests
             updating, resting = (sharding.in_memory(kind, resting) for kind in kinds)
         self._opt_state = jax.jit(transform.init, out_shardings=resting)(self.params)
         weights: Any = self._placements
@@ -274,10 +277,9 @@ def _structure(config: GPTConfig, dtype: DTypeLike) -> tuple[nnx.GraphDef, Mappi
     return split(nnx.eval_shape(lambda: GPT(config, dtype)))
 
 
-def _is_on_host(array: jax.Array) -> bool:
-    """On a CPU, or in the host memory of another device."""
-    kind = array.sharding.memory_kind
-    return jax.default_backend() == "cpu" or kind in ("pinned_host", "unpinned_host")
+def _is_offloaded(arrays: Any) -> bool:
+    """Whether some of them lie in the host's memory, where `start_training` may put them."""
+    return any(x.sharding.memory_kind == OFFLOADED for x in jax.tree.leaves(arrays))
 
 
 def _device_bytes(arrays: Any) -> int:
@@ -285,7 +287,7 @@ def _device_bytes(arrays: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(arrays)
-        if x.sharding.memory_kind != "pinned_host"
+        if x.sharding.memory_kind != OFFLOADED
     )
 
 

@@ -34,8 +34,10 @@ export class Session extends EventTarget {
     Object.assign(this, { database, settings, models: [], available: [], loadModels: async () => {} });
     this.conversation = tree.newConversation();
     database.addEventListener("change", ({ detail }) => this.#changedElsewhere(detail));
-    addEventListener("pagehide", () => this.saveAll());
-    document.addEventListener("visibilitychange", () => document.hidden && this.saveAll());
+    addEventListener("pagehide", () => this.#saveAll((conversation) => database.put(conversation)));
+    document.addEventListener("visibilitychange", () => {
+      if (document.hidden) this.#saveAll((conversation) => this.#put(conversation)); // another tab may write now
+    });
   }
 
   // --- which conversation ---------------------------------------------------------------------
@@ -361,8 +363,8 @@ export class Session extends EventTarget {
     this.#saveTimers.set(conversation.id, setTimeout(save, SAVE_MS));
   }
 
-  saveAll() {
-    for (const conversation of this.#working.values()) this.database.put(conversation);
+  #saveAll(save) {
+    for (const conversation of this.#working.values()) save(conversation);
   }
 
   #notice(text, undo = null) {
