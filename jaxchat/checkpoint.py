@@ -15,27 +15,14 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxchat import peers, runtime
-from jaxchat.artifacts import atomic_write, base_dir, claim
+from jaxchat.artifacts import atomic_write, claim
 from jaxchat.backend import Backend, backend_class
-from jaxchat.config import GPTConfig
 from jaxchat.memory import readable
-from jaxchat.tokenizer import Tokenizer
-
-STAGE_FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
-"""Where each stage of the pipeline keeps its models, below the base directory."""
-
-STAGE_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
-"""What trains them."""
 
 META = "meta.json"
 
@@ -49,29 +36,9 @@ REPLACED = "replaced-"
 """How the folders begin that hold earlier runs of the same name, inside the run's own."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to use, with the tokenizer it was trained with."""
-
-    backend: Backend
-    tokenizer: Tokenizer
-    meta: Mapping[str, Any]
-    tag: str
-    """Which model of its stage."""
-    path: Path
-    """The folder of the checkpoint."""
-
-
 def fresh_start() -> dict[str, Any]:
     """The meta of a run that has not begun; `run` tells it from every other run."""
     return {"step": 0, "train_seconds": 0.0, "loader": None, "run": uuid.uuid4().hex}
-
-
-def stage_directory(source: str, model_tag: str) -> Path:
-    """The folder that holds the checkpoints of one model of one stage."""
-    if source not in STAGE_FOLDERS:
-        raise ValueError(f"source {source!r}: choose one of {', '.join(STAGE_FOLDERS)}")
-    return base_dir() / STAGE_FOLDERS[source] / model_tag
 
 
 class CheckpointStore:
@@ -279,6 +246,17 @@ class CheckpointStore:
                 )
 
 
+def load_arrays(backend: Backend, path: Path, meta: Mapping[str, Any], *, training: bool) -> None:
+    """Load a checkpoint's weights, and its optimizer state when training, whoever wrote it."""
+    if meta["backend"] == backend.name:
+        backend.load(path)
+        return
+    snapshot = backend_class(meta["backend"]).read(path, optimizer=training)
+    backend.set_params(snapshot.params)
+    if snapshot.optimizer is not None:
+        backend.set_optimizer_state(snapshot.optimizer)
+
+
 def _on_any_process(backend: Backend, it_is_so: bool) -> bool:
     """Whether it is so on any process; the second vote brings an answer that comes one late."""
     with peers.exit_when_one_is_lost(backend.devices.processes):
@@ -307,97 +285,3 @@ def _difference(saved: Any, wanted: Any) -> str:
         pairs = [(n, saved.get(n), wanted.get(n)) for n in names if saved.get(n) != wanted.get(n)]
         return ", ".join(f"{name} {_difference(a, b)}" for name, a, b in pairs)
     return f"{saved}, now {wanted}"
-
-
-def model_tags(source: str) -> list[str]:
-    """The models of a stage; FileNotFoundError, with the remedy, when there is none."""
-    folder = stage_directory(source, ".")
-    tags = sorted(path.name for path in folder.glob("*") if CheckpointStore(path).steps())
-    if not tags:
-        raise FileNotFoundError(
-            f"no {source} model in {folder}: train one with "
-            f"python -m scripts.{STAGE_SCRIPTS[source]}"
-        )
-    return tags
-
-
-def find_model_tag(source: str) -> str:
-    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form."""
-    tags, folder = model_tags(source), stage_directory(source, ".")
-    depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
-    if depths:
-        return max(depths, key=lambda tag: depths[tag])
-    return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
-
-
-class Found(NamedTuple):
-    """A checkpoint that is there."""
-
-    tag: str
-    store: CheckpointStore
-    step: int
-
-
-def find_checkpoint(source: str, model_tag: str | None = None, step: int | None = None) -> Found:
-    """A stage's model by tag and step, or the deepest and the newest.
-
-    Costs nothing: to be asked before slow work. FileNotFoundError says what is there instead.
-    """
-    tag = model_tag or find_model_tag(source)
-    store = CheckpointStore(stage_directory(source, tag))
-    steps = store.steps()
-    if not steps:
-        known = ", ".join(model_tags(source))
-        raise FileNotFoundError(f"no {source} model {tag!r} in {store.directory.parent}: {known}")
-    if step is not None and step not in steps:
-        known = ", ".join(map(str, steps))
-        raise FileNotFoundError(
-            f"no checkpoint of step {step} in {store.directory}; steps there: {known}"
-        )
-    return Found(tag, store, steps[-1] if step is None else step)
-
-
-def load_model(
-    source: str,
-    *,
-    backend: str,
-    model_tag: str | None = None,
-    step: int | None = None,
-    dtype: str | None = None,
-    device: int | None = None,
-    mesh: str | None = None,
-) -> LoadedModel:
-    """Load the weights of a stage's model: by tag and step, or the deepest and the newest.
-
-    `device`: the one local device to put them on; None uses all of them, shared as `mesh` says.
-    """
-    tag, store, step = find_checkpoint(source, model_tag, step)
-    meta = store.read_meta(step)
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(meta, tokenizer, store.path(step))
-    config = GPTConfig(**meta["model"])
-    model = backend_class(backend)(config, dtype=dtype, device=device, mesh=mesh)
-    load_arrays(model, store.path(step), meta, training=False)
-    return LoadedModel(model, tokenizer, meta, tag, store.path(step))
-
-
-def load_arrays(backend: Backend, path: Path, meta: Mapping[str, Any], *, training: bool) -> None:
-    """Load a checkpoint's weights, and its optimizer state when training, whoever wrote it."""
-    if meta["backend"] == backend.name:
-        backend.load(path)
-        return
-    snapshot = backend_class(meta["backend"]).read(path, optimizer=training)
-    backend.set_params(snapshot.params)
-    if snapshot.optimizer is not None:
-        backend.set_optimizer_state(snapshot.optimizer)
-
-
-def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:
-    """Raise when a checkpoint was trained with another tokenizer than the one at hand."""
-    trained_with = meta.get("tokenizer")
-    if trained_with != tokenizer.fingerprint:
-        raise ValueError(
-            f"{path} was trained with tokenizer {trained_with}, but the base directory holds "
-            f"{tokenizer.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, or train "
-            "the model again"
-        )

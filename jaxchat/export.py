@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.checkpoint import LoadedModel
 from jaxchat.config import count_params
 from jaxchat.conversation import SYSTEM_SEPARATOR
 from jaxchat.convert import CLASSIC_TYPE, to_hugging_face
 from jaxchat.report import KeyValues, Section
 from jaxchat.report_page import escape
+from jaxchat.stages import LoadedModel
 from jaxchat.tensor_files import WEIGHTS_FILE, write_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
 

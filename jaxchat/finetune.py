@@ -21,13 +21,7 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import Backend
 from jaxchat.chat_loader import ChatLoader
 from jaxchat.chat_packing import PackingStats, rows_per_epoch
-from jaxchat.checkpoint import (
-    CheckpointStore,
-    LoadedModel,
-    load_arrays,
-    load_model,
-    stage_directory,
-)
+from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
 from jaxchat.engine import Engine
@@ -40,6 +34,7 @@ from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
+from jaxchat.stages import LoadedModel, load_model, stage_directory
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxchat.artifacts import base_dir
-from jaxchat.checkpoint import META, STAGE_FOLDERS, CheckpointStore
+from jaxchat.checkpoint import META, CheckpointStore
 from jaxchat.config import GPTConfig, count_params, flops_per_token, scaling_params
+from jaxchat.stages import STAGE_FOLDERS
 from jaxchat.tracker import METRICS, read_metrics
 
 CORE_CSV = "base_eval.csv"

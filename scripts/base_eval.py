@@ -20,13 +20,13 @@ from rich.table import Table as ScreenTable
 from jaxchat import cli, runtime
 from jaxchat.artifacts import atomic_write, base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import LoadedModel, find_checkpoint, load_model
 from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
 from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
 from jaxchat.embedded_tasks import NOTE, embedded_tasks
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text
+from jaxchat.stages import LoadedModel, find_checkpoint, load_model
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Models whose results a bundle may hold, as openai-community-NAME.csv."""

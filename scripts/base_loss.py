@@ -13,7 +13,6 @@ from rich.progress import track
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import LoadedModel, load_model
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
@@ -22,6 +21,7 @@ from jaxchat.progress import make_console
 from jaxchat.report import Report, Samples, Table
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.stages import LoadedModel, load_model
 
 PROMPTS = (
     "The capital of France is",

@@ -17,7 +17,7 @@ from typing import Any
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import (
     ASPECT_RATIO,
     HEAD_DIM,
@@ -40,6 +40,7 @@ from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out
+from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
 from jaxchat.train_loop import LoopConfig, LoopResult

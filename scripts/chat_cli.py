@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import load_model
 from jaxchat.conversation import check_conversation, render_for_completion
 from jaxchat.engine import Engine
 from jaxchat.request import LEAD, Completion, Request
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.stages import load_model
 from jaxchat.tokenizer import Tokenizer
 
 with contextlib.suppress(ImportError):  # not on Windows; importing it gives `input` line editing

@@ -20,10 +20,10 @@ from rich.table import Table as ScreenTable
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import LoadedModel, find_checkpoint, load_model
 from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
 from jaxchat.report import KeyValues, Report, Table, Text, Value
+from jaxchat.stages import LoadedModel, find_checkpoint, load_model
 from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
 from jaxchat.task_report import (
     compact,

@@ -19,13 +19,7 @@ from typing import Annotated, Any
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import (
-    CheckpointStore,
-    LoadedModel,
-    find_checkpoint,
-    load_model,
-    stage_directory,
-)
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
@@ -33,6 +27,7 @@ from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
+from jaxchat.stages import LoadedModel, find_checkpoint, load_model, stage_directory
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
 from jaxchat.tracker import METRICS, read_metrics

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 from jaxchat import cli
-from jaxchat.checkpoint import find_checkpoint
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
+from jaxchat.stages import find_checkpoint
 from jaxchat.tasks.customjson import IDENTITY
 from jaxchat.tasks.mixtures import QUESTIONS, default_source, sft_mixture, validation_mixture
 

@@ -19,11 +19,12 @@ from typing import Annotated, Literal
 
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import CheckpointStore, find_model_tag, load_model, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.engine import SLOTS, Engine
 from jaxchat.server import serve
 from jaxchat.server.app import create_app
 from jaxchat.server.settings import LOOPBACK, ServerSettings
+from jaxchat.stages import find_model_tag, load_model, stage_directory
 
 
 @dataclass(frozen=True)

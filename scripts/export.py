@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.checkpoint import find_model_tag, load_model
 from jaxchat.export import export_hugging_face, sections_of
 from jaxchat.report import Report
+from jaxchat.stages import find_model_tag, load_model
 
 
 @dataclass(frozen=True)

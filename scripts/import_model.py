@@ -21,9 +21,10 @@ import numpy as np
 from jaxchat import cli, convert
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, backend_class
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.foreign_tokenizer import PICKLE_FILE, read_pickled_tokenizer, read_tokenizer_json
+from jaxchat.stages import stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
 

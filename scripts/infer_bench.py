@@ -27,11 +27,11 @@ from rich.table import Table
 
 from jaxchat import cli
 from jaxchat.backend import Backend, backend_class
-from jaxchat.checkpoint import load_model
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.engine import TOKENS_PER_DISPATCH, Engine
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.stages import load_model
 from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PROBE_BYTES = 1 << 28

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxchat import cli
-from jaxchat.checkpoint import find_checkpoint
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
+from jaxchat.stages import find_checkpoint
 from jaxchat.tasks.customjson import IDENTITY
 from jaxchat.tasks.mixtures import QUESTIONS, default_source, mid_mixture, validation_mixture
 

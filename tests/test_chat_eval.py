@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxchat import cli
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.report import Report
 from jaxchat.report_page import render
+from jaxchat.stages import stage_directory
 from jaxchat.task_eval import ChatResult
 from jaxchat.tasks.hub import HUB_SETS, missing_sets
 from jaxchat.tasks.words import words_path

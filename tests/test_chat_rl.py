@@ -7,8 +7,9 @@ import pytest
 
 from jaxchat import cli
 from jaxchat.backend import backend_class
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.report import Report
+from jaxchat.stages import stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tracker import read_metrics
 from scripts import chat_rl

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.server.settings import LOOPBACK, ServerSettings
+from jaxchat.stages import stage_directory
 from scripts import chat_web
 from tests.servers import Process, backend, running, tokenizer, torch_backend
 from tests.test_server import GREEDY, HELLO, LONG, chat, error_of, wait_for

@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from jaxchat import checkpoint
-from jaxchat.checkpoint import CheckpointStore, check_tokenizer, find_model_tag, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
-from jaxchat.tokenizer import Tokenizer
 
 
 class FileBackend:
@@ -214,35 +213,6 @@ def test_keeping_no_checkpoint_is_refused(tmp_path, keep):
 
 def test_nothing_to_restore_is_none(tmp_path):
     assert CheckpointStore(tmp_path).restore(FileBackend(), {}) is None
-
-
-def test_the_deepest_model_is_found_or_the_missing_one_explained(base_dir):
-    with pytest.raises(FileNotFoundError, match=r"python -m scripts\.base_train"):
-        find_model_tag("base")
-    with pytest.raises(FileNotFoundError, match=r"python -m scripts\.chat_sft"):
-        find_model_tag("sft")
-    for tag in ("d4", "d12", "wide"):
-        saved(stage_directory("base", tag), steps=(1,))
-    assert find_model_tag("base") == "d12"
-    with pytest.raises(ValueError, match="source 'bass': choose one of base, mid"):
-        stage_directory("bass", "d4")
-
-
-def test_another_tokenizer_is_refused_by_name(tmp_path):
-    tokenizer = Tokenizer.train(iter(["some text and some more text"]), vocab_size=270)
-    check_tokenizer({"tokenizer": tokenizer.fingerprint}, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="was trained with tokenizer other"):
-        check_tokenizer({"tokenizer": "other"}, tokenizer, tmp_path)
-
-
-def test_a_step_that_is_not_there_lists_those_that_are(base_dir):
-    saved(stage_directory("base", "d4"))
-    with pytest.raises(FileNotFoundError, match="steps there: 10, 20, 30"):
-        checkpoint.load_model("base", backend="jax", model_tag="d4", step=11)
-    with pytest.raises(FileNotFoundError, match=r"no base model 'd9' in .*: d4"):
-        checkpoint.load_model("base", backend="jax", model_tag="d9")
-    meta = json.loads((stage_directory("base", "d4") / "step_000010/meta.json").read_text())
-    assert meta["backend"] == "file"
 
 
 def test_the_best_by_validation_outlives_the_newest(tmp_path):

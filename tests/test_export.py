@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxchat import export
-from jaxchat.checkpoint import CheckpointStore, LoadedModel, load_model, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
 from jaxchat.report import KeyValues, Report
+from jaxchat.stages import LoadedModel, load_model, stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import Tokenizer
 from scripts import export as export_script

@@ -12,13 +12,14 @@ import torch
 from jaxchat import loss
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.checkpoint import CheckpointStore, load_model, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions, Inherited, optimizer_of
 from jaxchat.plan import TrainingPlan
 from jaxchat.report import KeyValues, Report, Table
+from jaxchat.stages import load_model, stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import TaskMixture
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON

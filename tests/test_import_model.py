@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from jaxchat import convert
-from jaxchat.checkpoint import load_model
 from jaxchat.config import GPTConfig
 from jaxchat.foreign_tokenizer import read_pickled_tokenizer, read_tokenizer_json
+from jaxchat.stages import load_model
 from jaxchat.tensor_files import read_safetensors, write_safetensors
 from jaxchat.tokenizer import Tokenizer
 from scripts.import_model import Config, main

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
-from jaxchat.checkpoint import CheckpointStore, stage_directory
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.server.settings import ServerSettings
+from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
 from tests.models import MODERN
 from tests.page.conftest import Chat

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from jaxchat.checkpoint import LoadedModel, load_model
 from jaxchat.config import GPTConfig
 from jaxchat.conversation import render, render_for_completion
 from jaxchat.convert import from_hugging_face, to_hugging_face
 from jaxchat.export import export_hugging_face
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.stages import LoadedModel, load_model
 from jaxchat.tokenizer import Tokenizer
 from scripts import import_model
 from tests.parity.twins import JaxTwin, max_abs, perturbed_weights
