@@ -38,8 +38,8 @@ from jaxchat.stages import LoadedModel, load_model, stage_directory
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
-from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import series, training_parts
+from jaxchat.training_stage import LoopConfig, LoopResult
 
 SAMPLE_TOKENS = 64
 """Length of the replies that a run shows."""

@@ -12,15 +12,8 @@ from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore, fresh_start
 from jaxchat.schedule import StepSchedule
 from jaxchat.tracker import open_tracker
-from jaxchat.train_loop import (
-    EXIT_INTERRUPTED,
-    Loader,
-    LoopConfig,
-    LoopResult,
-    Samples,
-    Stage,
-    run_loop,
-)
+from jaxchat.train_loop import EXIT_INTERRUPTED, run_loop
+from jaxchat.training_stage import Loader, LoopConfig, LoopResult, Samples, Stage
 
 OpenLoader: TypeAlias = Callable[[Mapping[str, Any] | None], AbstractContextManager[Loader]]
 """A loader that continues at a state; at the beginning where that is None."""

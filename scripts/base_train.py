@@ -43,8 +43,8 @@ from jaxchat.stage_run import begin, carry_out
 from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
-from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import training_parts
+from jaxchat.training_stage import LoopConfig, LoopResult
 
 PROMPTS = (
     "The capital of France is",

@@ -31,8 +31,8 @@ from jaxchat.stages import LoadedModel, find_checkpoint, load_model, stage_direc
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
 from jaxchat.tracker import METRICS, read_metrics
-from jaxchat.train_loop import LoopConfig, LoopResult
 from jaxchat.training_report import series
+from jaxchat.training_stage import LoopConfig, LoopResult
 
 SCHEDULE = ScheduleConfig(warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0)
 """Straight down to zero."""

@@ -19,7 +19,8 @@ from jaxchat.plan import TrainingPlan
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.tracker import METRICS, Tracker, read_metrics
-from jaxchat.train_loop import LoopConfig, Stage, run_loop
+from jaxchat.train_loop import run_loop
+from jaxchat.training_stage import LoopConfig, Stage
 from tests.virtual_mps import kernels, virtual_mps
 from torch_ref.torch_backend import TorchBackend
 

@@ -18,7 +18,8 @@ from jaxchat.dataloader import Batch
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import SpikeRule
 from jaxchat.tracker import METRICS, Tracker, read_metrics
-from jaxchat.train_loop import LoopConfig, Stage, run_loop
+from jaxchat.train_loop import run_loop
+from jaxchat.training_stage import LoopConfig, Stage
 
 
 class OnItsWay:
