@@ -11,6 +11,7 @@ from jaxchat import cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("[a-z]*.py"))
+PACKAGES = ("jaxchat", "torch_ref", "scripts")
 
 
 RESEARCH = sorted(
@@ -207,3 +208,11 @@ def test_impossible_values_are_named(words, message, capsys, monkeypatch):
         cli.run(module.main, module.Config)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_readme_lists_every_setting_of_ours_in_the_environment():
+    name = r"JAXCHAT_[A-Z_]+"
+    code = [ROOT / "speedrun_jax.sh", *(p for d in PACKAGES for p in (ROOT / d).rglob("*.py"))]
+    used = {found for path in code for found in re.findall(rf"\b{name}\b", path.read_text())}
+    section = (ROOT / "README.md").read_text().split("## Set by the environment")[1]
+    assert used == set(re.findall(rf"`({name})[`=]", section.split("\n## ")[0]))
