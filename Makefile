@@ -2,33 +2,37 @@
 
 .PHONY: setup fmt check test processes clients slow smoke bench
 
+# what setup finds or makes, also where the caller's PATH lacks it
+BIN = .venv/bin
+CARGO = PATH="$$HOME/.cargo/bin:$$PATH" cargo
+
 setup:
 	bash -c 'set -e; . scripts/setup.sh'
 
 # Rewrite the sources in the house's format.
 fmt: setup
-	uv run --no-sync ruff format .
-	uv run --no-sync ruff check --fix .
-	cargo fmt
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(CARGO) fmt
 
 # Lint, types, floors.
 check: setup
-	uv run --no-sync ruff format --check .
-	uv run --no-sync ruff check .
-	uv run --no-sync pyrefly check
-	uv run --no-sync lint-imports
-	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
-	cargo clippy --features python -- -D warnings -D clippy::unwrap_used -D clippy::expect_used
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --features python -- -D warnings -D clippy::unwrap_used -D clippy::expect_used
 
 # The fast tests, Python and Rust.
 test: setup
-	uv run --no-sync pytest tests -m "not slow" -rs
-	cargo test -p rustbpe
+	$(BIN)/pytest tests -m "not slow" -rs
+	$(CARGO) test -p rustbpe
 
 # The slow tests of what no fast one starts: runs of several processes, a server's end, a benchmark.
 processes: setup
-	uv run --no-sync pytest -rs --durations=0 \
+	$(BIN)/pytest -rs --durations=0 \
 		"tests/test_many_processes.py::test_processes_train_as_one[2-2-auto]" \
 		"tests/test_many_processes.py::test_a_lost_process_ends_the_run_and_any_number_continues_it[2-1-1]" \
 		"tests/test_many_processes.py::test_an_error_on_one_process_asks_nobody_to_try_again[2-1]" \
@@ -40,13 +44,13 @@ processes: setup
 # lm-eval against our server.
 clients:
 	bash -c 'set -e; . scripts/setup.sh --group lm-eval'
-	uv run --no-sync python -c "import lm_eval"
-	uv run --no-sync pytest tests/test_server_clients.py -k lm_eval -rs
+	$(BIN)/python -c "import lm_eval"
+	$(BIN)/pytest tests/test_server_clients.py -k lm_eval -rs
 
 # Every test, lm-eval's too.
 slow:
 	bash -c 'set -e; . scripts/setup.sh --group lm-eval'
-	uv run --no-sync pytest tests
+	$(BIN)/pytest tests
 
 # The whole pipeline on a toy model, in a folder of its own, in under three minutes.
 smoke:
@@ -54,9 +58,9 @@ smoke:
 
 # Tables for LOG.md.
 bench: setup
-	uv run --no-sync python -m benchmarks.train_step
-	uv run --no-sync python -m benchmarks.startup
-	uv run --no-sync python -m benchmarks.loader
-	uv run --no-sync python -m benchmarks.scaling
-	uv run --no-sync python -m benchmarks.tokenizer
-	uv run --no-sync python -m scripts.infer_bench --depth 6 --vocab-size 8192 --sequence-len 512 --sequential 16
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.tokenizer
+	$(BIN)/python -m scripts.infer_bench --depth 6 --vocab-size 8192 --sequence-len 512 --sequential 16

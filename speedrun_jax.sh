@@ -18,8 +18,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+if (($#)); then
+    echo "error: $0 takes no arguments: its first lines say what the environment sets" >&2
+    exit 2
+fi
+
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 
 # --- The tier -------------------------------------------------------------------------------------
 
@@ -42,8 +47,8 @@ fi
 
 # Training takes as many rows at a time as a card holds; small cards have a preset that saves memory.
 fit=()
-if ((gpus && gpu_memory_mib < 12000)); then fit=(--card 8)
-elif ((gpus && gpu_memory_mib < 20000)); then fit=(--card 16); fi
+if ((gpu_memory_mib && gpu_memory_mib < 12000)); then fit=(--card 8)
+elif ((gpu_memory_mib && gpu_memory_mib < 20000)); then fit=(--card 16); fi
 
 case "$JAXCHAT_TIER" in
 node)

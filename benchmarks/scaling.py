@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.figures import Figure, print_table, share
-from benchmarks.train_side import Side, Task
+from benchmarks.train_side import Side, Task, one_device
 from jaxchat import cli
 
 
@@ -68,13 +68,13 @@ def main(config: Config) -> None:
     base = make_task(config, "", config.sequence_len)
     width = config.depth * config.aspect_ratio
     depths = [
-        replace(base, name=f"{depth} layers", depth=depth, aspect_ratio=-(-width // depth))
+        replace(base, name=f"{depth} layers", depth=depth, aspect_ratio=width // depth)
         for depth in config.depths
     ]
     lengths = [make_task(config, f"T {length:,}", length) for length in config.lengths]
     devices = [
         replace(base, name=f"{count} device(s)", environment=environment(config, count))
-        for count in config.device_counts
+        for count in (config.device_counts if config.backend == "jax" else ())
     ]
     for title, sweep in (("Depth", depths), ("Sequence length", lengths), ("Devices", devices)):
         if sweep:
@@ -92,17 +92,16 @@ def make_task(config: Config, name: str, length: int) -> Task:
         rows=config.batch_tokens // length,
         aspect_ratio=config.aspect_ratio,
         head_dim=config.head_dim,
+        environment=one_device(gpu=config.platform == "gpu"),
     )
 
 
 def environment(config: Config, devices: int) -> dict[str, str]:
-    """Variables that give a process so many devices."""
+    """Variables that give JAX so many devices."""
     if config.platform == "gpu":
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))}
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**one_device(gpu=False), "XLA_FLAGS": flags}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from jaxchat import cli
 
 SIDES = ("jax cold", "jax warm", "torch", "torch.compile cold", "torch.compile warm")
 
-CACHES = ("JAXCHAT_BASE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-"""Where the frameworks keep compiled programs: JAX's are below the base directory."""
+CACHES = ("JAXCHAT_BASE_DIR", "JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+"""Where the frameworks keep compiled programs."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class Config:
                 f"sides {self.sides} and rounds={self.rounds}: choose among {', '.join(SIDES)}, "
                 "and at least one round"
             )
+        for place, side in enumerate(self.sides):
+            cold = side.replace("warm", "cold")
+            if side.endswith("warm") and cold not in self.sides[:place]:
+                raise ValueError(
+                    f"--sides: {side!r} wants {cold!r} before it, which fills its cache"
+                )
 
 
 @dataclass(frozen=True)

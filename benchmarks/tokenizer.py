@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class Config:
 def main(config: Config) -> None:
     """Prepare, run the trials in turn, print the tables."""
     if config.quick:
-        config = Config(megabytes=10, encode_megabytes=3, repeats=1)
+        config = replace(config, megabytes=10, encode_megabytes=3, repeats=1)
     folder = base_dir() / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     python = peers(folder / "peers")

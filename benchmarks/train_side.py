@@ -34,6 +34,14 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """What the cpu tier of speedrun_jax.sh sets on Linux, for both frameworks alike."""
 
 
+def one_device(*, gpu: bool) -> dict[str, str]:
+    """Variables that give a side of either framework one device of this kind."""
+    if gpu:
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        return {"CUDA_VISIBLE_DEVICES": first}
+    return {"JAX_PLATFORMS": "cpu", "JAXCHAT_DEVICE": "cpu"}
+
+
 @dataclass(frozen=True)
 class Task:
     """What a side trains, and on what."""
@@ -80,6 +88,8 @@ class Side:
             cwd=Path(__file__).parents[1],
             text=True,
         )
+        self.platform: str = self._read()["platform"]
+        """What it runs on."""
         self.start = self._read()
         """Seconds from the process's start until it was: imported, ready, and had made a
         first_step and a second_step."""
@@ -143,6 +153,7 @@ def main(task: Task) -> None:
 
     backend = _backend(task)
     start = {"imported": time.time() - started}
+    answer({"platform": backend.devices.platform})
     step = _trainer(task, backend)
     start["ready"] = time.time() - started
     float(step())

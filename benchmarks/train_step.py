@@ -4,12 +4,12 @@
     python -m benchmarks.train_step --depths 12 --sides jax torch.compile
     python -c "from benchmarks.train_step import *; main(Config(depths=(12,)))"     # without tyro
 
-Every side trains in a process of its own, on random tokens. On a CPU the sides take turns, so that
-what else the machine does falls on all of them; on a GPU one follows the other, because each needs
-the memory. Speed is the median over all steps with half the interquartile range; `x` is JAX's
-median over the side's. The roofline is the fastest matrix product that either framework reaches
-on this CPU, or the GPU's bf16 peak by its data sheet (so the share is the MFU); attention within
-windows counts, the optimizer does not.
+Every side trains in a process of its own, on random tokens and one device. On a CPU the sides take
+turns, so that what else the machine does falls on all of them; on a GPU one follows the other,
+because each needs the memory. Speed is the median over all steps with half the interquartile range;
+`x` is JAX's median over the side's. The roofline is the fastest matrix product that either
+framework reaches on this CPU, or the GPU's bf16 peak by its data sheet (so the share is the MFU);
+attention within windows counts, the optimizer does not.
 """
 
 import math
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from benchmarks.figures import Figure, print_table, share
-from benchmarks.train_side import Side, Task
+from benchmarks.train_side import Side, Task, one_device
 
 SideName = Literal["jax", "torch", "torch.compile"]
 
@@ -109,6 +109,7 @@ def tasks(config: Config, depth: int) -> list[Task]:
             aspect_ratio=config.aspect_ratio,
             head_dim=config.head_dim,
             compiled=side != "torch",
+            environment=one_device(gpu=gpu),
         )
         for side in sides
     ]
@@ -124,6 +125,13 @@ def measure(config: Config, tasks: Sequence[Task]) -> list[Row]:
 def _take_turns(config: Config, tasks: Sequence[Task]) -> Iterator[Row]:
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(task)) for task in tasks]
+        wanted = "gpu" if config.on_gpu else "cpu"
+        for side in sides:
+            if side.platform != wanted:
+                raise ValueError(
+                    f"{side.task.name} runs on {side.platform}, not on {wanted}: see whether its "
+                    "framework finds the device (for JAX: uv sync --extra gpu), or set --platform"
+                )
         for _ in range(config.rounds):
             for side in sides:
                 side.steps(config.steps)
@@ -138,9 +146,10 @@ COLUMNS = ("side", "tokens/s", "x", "CPU s a step", "CPU x", "peak GB", "peak x"
 
 def cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
     """A line of the table per side; ratios say how much better the first side is."""
-    ceiling = rows[0].figures["peak_flops"] or max(row.figures["matmul_flops"] for row in rows)
+    fastest = max(row.figures["matmul_flops"] for row in rows)
     for row in rows:
         figures, first = row.figures, rows[0]
+        ceiling = figures["peak_flops"] or fastest
         speed = row.tokens_per_s.median * figures["flops_per_token"]
         yield (
             row.task.name,

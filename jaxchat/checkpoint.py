@@ -38,7 +38,13 @@ REPLACED = "replaced-"
 
 def fresh_start() -> dict[str, Any]:
     """The meta of a run that has not begun; `run` tells it from every other run."""
-    return {"step": 0, "train_seconds": 0.0, "loader": None, "run": uuid.uuid4().hex}
+    return {
+        "step": 0,
+        "train_seconds": 0.0,
+        "wall_seconds": 0.0,
+        "loader": None,
+        "run": uuid.uuid4().hex,
+    }
 
 
 class CheckpointStore:

@@ -24,16 +24,13 @@ from jaxchat.chat_packing import PackingStats, rows_per_epoch
 from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
-from jaxchat.engine import Engine
 from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
 from jaxchat.loss_eval import bits_per_byte
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
 from jaxchat.report import KeyValues, Report, Table
-from jaxchat.request import Request
-from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
-from jaxchat.stage_run import begin, carry_out
+from jaxchat.stage_run import begin, carry_out, greedy_replies
 from jaxchat.stages import LoadedModel, load_model, stage_directory
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
@@ -139,6 +136,7 @@ def _train(run: _Run) -> None:
         backend,
         loop,
         start,
+        started=started,
         open_loader=partial(_train_loader, run),
         schedule=lambda step: schedule_at(step, run.schedule, plan),
         meta={**run.facts, BASE_OPTIMIZER: asdict(run.inherited.optimizer)},
@@ -149,7 +147,7 @@ def _train(run: _Run) -> None:
         evaluate=lambda: {"val/bpb": _validate(run, rows)},
         sample=lambda: _sample(run),
     )
-    _report(run, result, time.monotonic() - started)
+    _report(run, result)
 
 
 def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
@@ -266,14 +264,15 @@ def _validate(run: _Run, device_batch_size: int) -> float:
 
 def _sample(run: _Run) -> list[tuple[str, str]]:
     """Question and greedy reply, for each of the lesson's questions."""
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.0)
-    conversations = [{"messages": [{"role": "user", "content": q}]} for q in run.lesson.questions]
-    requests = [Request(render_for_completion(run.tokenizer, c), params) for c in conversations]
-    replies = Engine(run.backend, run.tokenizer).complete(requests)
-    return [(q, r.transcript) for q, r in zip(run.lesson.questions, replies, strict=True)]
+    conversations = {
+        q: {"messages": [{"role": "user", "content": q}]} for q in run.lesson.questions
+    }
+    prompts = {q: render_for_completion(run.tokenizer, c) for q, c in conversations.items()}
+    replies = greedy_replies(run.backend, run.tokenizer, prompts, max_tokens=SAMPLE_TOKENS)
+    return [(question, reply.transcript) for question, reply in replies]
 
 
-def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:
+def _report(run: _Run, result: LoopResult) -> None:
     """Add the section: what was taught, the curves, and what the model answers."""
     if not runtime.is_first_process():
         return
@@ -288,7 +287,7 @@ def _report(run: _Run, result: LoopResult, wall_seconds: float) -> None:
         run.lesson.script,
         run.lesson.title,
         [mixture, KeyValues(shares, "Packing: shares of conversations and of tokens"), *parts],
-        wall_seconds=wall_seconds,
+        wall_seconds=result.wall_seconds,
         figures=figures,
     )
     runtime.print0(

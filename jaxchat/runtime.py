@@ -13,7 +13,9 @@ from typing import NamedTuple
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -37,7 +39,7 @@ NAMED_DTYPES = ("float32", "bfloat16", "float16")
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bf16 FLOP/s of one device; None where nobody states one (CPUs, unknown cards)."""
-    names = [name for name in PEAK_FLOPS if name.lower() in device_kind.lower()]
+    names = [name for name in PEAK_FLOPS if re.search(rf"{name}(?!\w)", device_kind, re.IGNORECASE)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 

@@ -9,6 +9,7 @@ drawing, which dev/scaling_analysis.ipynb does.
 
 import csv
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,17 @@ class Run:
 def read_runs(pattern: str = "*") -> list[Run]:
     """The finished pretraining runs whose tag matches a wildcard, by depth, width and FLOPs.
 
-    Runs that are under way, and folders without a readable checkpoint, are left out.
+    Runs that are under way are left out, and with a warning those that cannot be read.
     """
-    folders = (base_dir() / STAGE_FOLDERS["base"]).glob(pattern)
-    found = (read_run(folder) for folder in folders)
-    runs = [run for run in found if run is not None]
+    runs = []
+    for folder in (base_dir() / STAGE_FOLDERS["base"]).glob(pattern):
+        try:
+            run = read_run(folder)
+        except ValueError as error:
+            print(f"warning: leaving out {folder}, which cannot be read: {error}", file=sys.stderr)
+            continue
+        if run is not None:
+            runs.append(run)
     return sorted(runs, key=lambda run: (run.depth, run.width, run.flops, run.tag))
 
 
@@ -86,7 +93,7 @@ def read_run(directory: Path) -> Run | None:
         for row in read_metrics(directory / METRICS)
         if "val/bpb" in row and row["step"] == plan["num_iterations"]
     ]
-    if not last:
+    if not last or steps[-1] != plan["num_iterations"]:
         return None
     return Run(
         tag=directory.name,
@@ -122,13 +129,16 @@ class Curve(NamedTuple):
 
 
 def curve(run: Run, metric: str) -> Curve:
-    """A metric over a run's life, from its metrics.jsonl: "train/loss", "val/bpb" and the like."""
+    """A metric over a run's life, from its metrics.jsonl: "train/loss", "val/bpb" and the like.
+
+    Without the steps that were skipped, whose loss may be no number.
+    """
     found, tokens, seconds = Curve([], [], []), 0.0, 0.0
     for row in read_metrics(run.directory / METRICS):
         if "train/batch_tokens" in row:
             tokens += row["train/batch_tokens"]
             seconds += row["train/batch_tokens"] / row["train/tokens_per_second"]
-        if metric in row:
+        if metric in row and "train/skipped" not in row:
             found.flops.append(tokens * run.flops / run.tokens)
             found.seconds.append(seconds)
             found.values.append(row[metric])

@@ -4,13 +4,18 @@ What the training scripts do alike once they know what their stage is made of; t
 (base_train and chat_rl) and finetune.py's.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore, fresh_start
+from jaxchat.engine import Engine
+from jaxchat.request import Completion, Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import StepSchedule
+from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import open_tracker
 from jaxchat.train_loop import EXIT_INTERRUPTED, run_loop
 from jaxchat.training_stage import Loader, LoopConfig, LoopResult, Samples, Stage
@@ -31,12 +36,24 @@ def begin(
     return restored or fresh_start()
 
 
+def greedy_replies(
+    backend: Backend, tokenizer: Tokenizer, prompts: Mapping[str, Sequence[int]], *, max_tokens: int
+) -> list[tuple[str, Completion]]:
+    """What the model says to prompts, each under its name, that fit into its context."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    context = backend.config.sequence_len
+    fitting = {name: Request(ids, params) for name, ids in prompts.items() if len(ids) <= context}
+    replies = Engine(backend, tokenizer).complete(fitting.values())
+    return list(zip(fitting, replies, strict=True))
+
+
 def carry_out(
     store: CheckpointStore,
     backend: Backend,
     loop: LoopConfig,
     start: Mapping[str, Any],
     *,
+    started: float,
     open_loader: OpenLoader,
     schedule: Callable[[int], StepSchedule],
     meta: Mapping[str, Any],
@@ -50,6 +67,7 @@ def carry_out(
 ) -> LoopResult:
     """Train from `start` on; `config`, the options as they came to be, is saved beside `meta`.
 
+    `started` is when this process took the stage up (time.monotonic); earlier ones add their time.
     `run` is a name for Weights & Biases; the callables and `best_by` are `Stage`'s. Exits with
     EXIT_INTERRUPTED after a signal.
     """
@@ -62,6 +80,7 @@ def carry_out(
         config=config,
         resume_step=start["step"],
     )
+    before = start.get("wall_seconds", start["train_seconds"])  # older checkpoints lack it
     with open_loader(start["loader"]) as loader:
         stage = Stage(
             backend=backend,
@@ -73,6 +92,7 @@ def carry_out(
             evaluate=evaluate,
             sample=sample,
             agree=backend.agree,
+            wall_seconds=lambda: before + time.monotonic() - started,
             best_by=best_by,
         )
         result = run_loop(

@@ -85,7 +85,7 @@ def _run(
                     f"stopped by {(asked_to_stop or ['another process'])[0]}; step {step} is saved"
                 )
                 stage.store.finish()
-                return LoopResult(step, runner.train_seconds, interrupted=True)
+                return _result(stage, step, runner, interrupted=True)
             if _due(step, config.eval_every, last) or step == 0:
                 runner.flush(progress)
                 runner.validation = _evaluate(stage, step, progress)
@@ -97,7 +97,7 @@ def _run(
                 progress.say("\n".join(f"  {prompt!r} -> {text!r}" for prompt, text in samples))
             if last:
                 stage.store.finish()
-                return LoopResult(step, runner.train_seconds, interrupted=False, samples=samples)
+                return _result(stage, step, runner, interrupted=False, samples=samples)
             runner.step(step, progress)
             step += 1
 
@@ -110,9 +110,16 @@ def _save(stage: Stage, step: int, runner: StepRunner) -> None:
     own = {
         "loader": stage.loader.state(),
         "train_seconds": runner.train_seconds,
+        "wall_seconds": stage.wall_seconds(),
         "guard": runner.guard.state(),
     }
     stage.store.save(step, stage.backend, {**stage.meta, **own})
+
+
+def _result(
+    stage: Stage, step: int, runner: StepRunner, *, interrupted: bool, samples: Samples = ()
+) -> LoopResult:
+    return LoopResult(step, runner.train_seconds, stage.wall_seconds(), interrupted, samples)
 
 
 def _evaluate(stage: Stage, step: int, progress: TrainingProgress) -> Mapping[str, float]:

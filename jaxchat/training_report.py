@@ -1,5 +1,6 @@
 """What a training stage tells the report: settings, curves and samples, from its metrics rows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def training_parts(
     speed_steps, speeds = series(rows, "train/tokens_per_second")
     figures = {
         "val bpb": bpbs[-1],
-        "train loss": sum(last) / max(1, len(last)),
+        "train loss": sum(last) / len(last) if last else math.nan,
         "train tokens/s": sorted(speeds)[len(speeds) // 2],
     }
     first = bpbs[0]

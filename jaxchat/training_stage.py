@@ -72,6 +72,8 @@ class LoopResult:
     """Optimizer steps done, earlier runs included."""
     train_seconds: float
     """Time spent in training steps, earlier runs included."""
+    wall_seconds: float
+    """Time of the whole stage, evaluations and saves included, earlier runs too."""
     interrupted: bool
     """Whether a signal ended the loop; a checkpoint of `step` is on disk."""
     samples: Samples = ()
@@ -96,5 +98,7 @@ class Stage:
     """A few continuations by the present weights."""
     agree: Callable[[bool], bool] = bool
     """`Backend.agree`, where processes may be asked to stop at different times."""
+    wall_seconds: Callable[[], float] = float
+    """Time of the whole stage so far, earlier runs included."""
     best_by: str | None = None
     """The validation figure whose lowest value's checkpoint is kept."""

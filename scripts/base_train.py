@@ -29,17 +29,14 @@ from jaxchat.config import (
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte
 from jaxchat.memory import savings_of
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan, micro_batches, plan_training
 from jaxchat.report import Report
-from jaxchat.request import Request
-from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
-from jaxchat.stage_run import begin, carry_out
+from jaxchat.stage_run import begin, carry_out, greedy_replies
 from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
@@ -189,6 +186,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         backend,
         loop,
         start,
+        started=started,
         open_loader=partial(train_loader, config, corpus, tokenizer, plan, backend),
         schedule=lambda step: schedule_at(step, schedule, plan),
         meta=facts,
@@ -200,7 +198,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         sample=lambda: sample(backend, tokenizer),
         best_by="val/bpb",
     )
-    report(config, backend, plan, store, result, time.monotonic() - started)
+    report(config, backend, plan, store, result)
 
 
 def shape_of(config: Config, vocab_size: int) -> GPTConfig:
@@ -328,10 +326,9 @@ def validate(
 
 def sample(backend: Backend, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Prompt and greedy continuation, for each of `PROMPTS`."""
-    params = SamplingParams(max_tokens=32, temperature=0.0)
-    requests = [Request([tokenizer.bos_id, *tokenizer.encode(p)], params) for p in PROMPTS]
-    replies = Engine(backend, tokenizer).complete(requests)
-    return [(prompt, reply.text) for prompt, reply in zip(PROMPTS, replies, strict=True)]
+    prompts = {prompt: [tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in PROMPTS}
+    replies = greedy_replies(backend, tokenizer, prompts, max_tokens=32)
+    return [(prompt, reply.text) for prompt, reply in replies]
 
 
 def report(
@@ -340,7 +337,6 @@ def report(
     plan: TrainingPlan,
     store: CheckpointStore,
     result: LoopResult,
-    wall_seconds: float,
 ) -> None:
     """Add the section: what was trained, the curves, and what the model writes."""
     if not runtime.is_first_process():
@@ -350,7 +346,7 @@ def report(
     derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
     parts, figures = training_parts(rows, settings, derived, result.samples, result.train_seconds)
     Report(base_dir()).add(
-        "base_train", "Pretraining", parts, wall_seconds=wall_seconds, figures=figures
+        "base_train", "Pretraining", parts, wall_seconds=result.wall_seconds, figures=figures
     )
     runtime.print0(
         f"{config.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "

@@ -151,6 +151,7 @@ def train(
         model.backend,
         loop,
         start,
+        started=started,
         open_loader=partial(train_loader, config, model, task),
         schedule=lambda step: schedule_at(step, SCHEDULE, plan),
         meta=facts | {BASE_OPTIMIZER: asdict(inherited.optimizer)},
@@ -161,7 +162,7 @@ def train(
         evaluate=lambda: measure(config, model, judged),
     )
     if runtime.is_first_process():
-        report(config, model, task, store, result, time.monotonic() - started)
+        report(config, model, task, store, result)
 
 
 def plan_of(config: Config, model: LoadedModel, task: Task) -> tuple[TrainingPlan, OptimizerConfig]:
@@ -249,7 +250,6 @@ def report(
     task: Task,
     store: CheckpointStore,
     result: LoopResult,
-    wall_seconds: float,
 ) -> None:
     """Add the section: the reward and pass@k over the run."""
     rows = read_metrics(store.directory / METRICS)
@@ -271,7 +271,7 @@ def report(
         "chat_rl",
         f"Reinforcement learning ({task.name})",
         parts,
-        wall_seconds=wall_seconds,
+        wall_seconds=result.wall_seconds,
         figures=last,
     )
     shown = ", ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last)

@@ -1,10 +1,19 @@
-# Source this from the repository root: what this machine has (gpus, gpu_memory_mib of the smallest,
-# tpus), and in `extras` what `uv sync` needs to use it.
+# Source this from the repository root: what this machine has (gpus, gpu_memory_mib of the smallest or
+# 0 where nobody says, tpus), and in `extras` what `uv sync` needs to use it.
 
 gpus=0 gpu_memory_mib=0
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
-    gpu_memory_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sort -n | head -1)
+# of several GPUs CUDA_VISIBLE_DEVICES may leave some, or none: numbers from 0 or names
+visible="${CUDA_VISIBLE_DEVICES-all}"
+if [[ -n "$visible" && "$visible" != -1 ]] && command -v nvidia-smi >/dev/null; then
+    chosen=()
+    [[ "$visible" == all ]] || chosen=(-i "$visible")
+    if sizes="$(nvidia-smi ${chosen[@]+"${chosen[@]}"} --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null)"; then
+        gpus=$(wc -l <<<"$sizes")
+        gpu_memory_mib=$(sort -n <<<"$sizes" | head -1)
+        [[ "$gpu_memory_mib" =~ ^[0-9]+$ ]] || gpu_memory_mib=0
+    elif [[ "$visible" == MIG-* ]]; then
+        gpus=1 # a process sees one slice, and nvidia-smi takes no names of slices
+    fi
 fi
 
 # tpu_chips FOLDER: chips on the PCI bus, by the vendor and device ids that JAX looks for too.

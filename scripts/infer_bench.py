@@ -133,6 +133,13 @@ def main(config: Config) -> None:
     # JAX would take nearly all of a GPU's memory at its start, and torch needs some too
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     models: Models = {name: load(config, name) for name in config.backends}
+    kinds = {name: backend.devices.platform for name, (backend, _) in models.items()}
+    if len(set(kinds.values())) > 1:
+        places = " and ".join(f"{name} on {kind}" for name, kind in kinds.items())
+        raise ValueError(
+            f"{places} is no comparison: name one of --backends, or give both the same device "
+            "(JAXCHAT_DEVICE=cpu for torch, uv sync --extra gpu for JAX)"
+        )
     bandwidth = max(measured_bandwidth(name) for name in models)
     results: list[dict[str, Any]] = []
     for batch_size in config.batch_sizes:

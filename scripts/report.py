@@ -8,6 +8,7 @@ at any time, on any machine that sees the base directory.
 """
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,13 @@ def copy(source: Path, directory: Path) -> Path:
         return source
     pictures = directory / "report_files"
     directory.mkdir(parents=True, exist_ok=True)
-    if pictures.is_dir():
-        shutil.rmtree(pictures)
-    shutil.copytree(source.parent / pictures.name, pictures)
-    return Path(shutil.copy(source, directory / source.name)).resolve()
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".report") as fresh:
+        copied = shutil.copytree(source.parent / pictures.name, Path(fresh) / pictures.name)
+        shutil.rmtree(pictures, ignore_errors=True)
+        copied.rename(pictures)
+    with artifacts.atomic_write(directory / source.name) as file:
+        file.write(source.read_text())
+    return (directory / source.name).resolve()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from rich import box
 from rich.table import Table
 
 from jaxchat import cli
@@ -56,10 +57,16 @@ def main(config: Config) -> None:
         raise FileNotFoundError(
             f"no finished run has a tag like {config.tags!r}: see python -m scripts.base_train"
         )
-    table = Table(*COLUMNS)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=True, justify="left" if name == "tag" else "right")
     for run in runs:
         table.add_row(*map(shown, row(run)))
-    make_console().print(table)
+    console = make_console()
+    # whole numbers or none: what is wider than the screen wraps there
+    endless = console.options.update_width(1000)
+    console.width = console.measure(table, options=endless).maximum
+    console.print(table)
     if config.output is not None:
         with atomic_write(config.output) as file:
             writer = csv.writer(file)

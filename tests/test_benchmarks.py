@@ -11,6 +11,7 @@ import pytest
 from benchmarks import loader, memory, scaling, startup, train_step
 from benchmarks.figures import Figure, share
 from jaxchat import cli
+from jaxchat.config import GPTConfig
 from jaxchat.memory import REMAT
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +77,42 @@ def test_a_cpu_compares_both_frameworks_on_the_same_step():
     assert len({(t.depth, t.rows, t.sequence_len, t.vocab_size, t.tokens) for t in tasks}) == 1
 
 
+def test_both_frameworks_get_one_device_of_the_same_kind(monkeypatch):
+    """On eight GPUs JAX's eight once stood beside torch's one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    for platform, expected in (
+        ("gpu", {"CUDA_VISIBLE_DEVICES": "3"}),
+        ("cpu", {"JAX_PLATFORMS": "cpu", "JAXCHAT_DEVICE": "cpu"}),
+    ):
+        tasks = train_step.tasks(train_step.Config(platform=platform), 12)
+        assert [task.environment for task in tasks] == [expected] * len(tasks)
+
+
+def test_a_side_that_does_not_find_its_device_is_no_comparison(base_dir, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    sizes = {"depths": (1,), "sequence_len": 16, "batch_tokens": 128, "rounds": 1}
+    with pytest.raises(ValueError, match="jax runs on cpu, not on gpu"):
+        train_step.main(train_step.Config(platform="gpu", sides=("jax",), **sizes, **TINY))
+
+
+def test_a_warm_start_wants_its_cold_one_first():
+    startup.Config(sides=("torch", "jax cold", "jax warm"))
+    for sides in (("jax warm",), ("jax warm", "jax cold"), ("torch.compile cold", "jax warm")):
+        with pytest.raises(ValueError, match="'jax warm' wants 'jax cold' before it"):
+            startup.Config(sides=sides)
+
+
 def test_a_batch_that_does_not_divide_names_one_that_does():
     config = train_step.Config(platform="cpu", rows=8, sequence_len=16, batch_tokens=300)
     with pytest.raises(ValueError, match="use 256"):
         train_step.tasks(config, 4)
+
+
+def rounded_width(task):
+    """Whole heads of it."""
+    return GPTConfig.from_depth(
+        task.depth, aspect_ratio=task.aspect_ratio, head_dim=task.head_dim
+    ).n_embd
 
 
 def test_a_sweep_over_depth_keeps_the_width(monkeypatch):
@@ -95,6 +128,11 @@ def test_a_sweep_over_depth_keeps_the_width(monkeypatch):
     scaling.main(scaling.Config())
     depths = sweeps[0]
     assert {task.depth * task.aspect_ratio for task in depths} == {256}
+    assert all(task.environment for sweep in sweeps for task in sweep)
+    sweeps.clear()
+    scaling.main(scaling.Config(depths=(2, 3, 6, 12), backend="torch"))
+    assert {rounded_width(task) for task in sweeps[0]} == {256}
+    assert len(sweeps) == 3, "torch has no devices to vary"
     assert {task.tokens for sweep in sweeps for task in sweep} == {4096}
 
 

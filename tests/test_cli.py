@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,6 @@ def written_commands():
 
 def speedrun_commands(tier):
     """The stages of a tier, as the shell script itself expands them."""
-    import subprocess
-
     script = (ROOT / "speedrun_jax.sh").read_text()
     recipe = script.split("# --- The environment")[0]
     stages = re.findall(r"^stage (.*)$", script, re.MULTILINE)
@@ -53,8 +52,6 @@ def speedrun_commands(tier):
 
 def research_commands(script):
     """The commands of a script of scripts/runs/, as it prints them when asked to do nothing."""
-    import subprocess
-
     shell = subprocess.run(
         ["bash", str(script)],
         env={"DRY_RUN": "1", "PATH": "/usr/bin:/bin", "HOME": "/nowhere"},
@@ -113,9 +110,56 @@ def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
     assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
 
 
-def test_tpu_chips_are_counted_among_googles_devices(tmp_path):
-    import subprocess
+NVIDIA_SMI = """#!/bin/bash
+# four cards, the second smaller; the fifth does not say
+sizes=(81559 16384 81559 81559 [N/A])
+numbers=0,1,2,3,4
+[[ "$1" == -i ]] && numbers="$2"
+[[ "$numbers" =~ ^[0-4](,[0-4])*$ ]] || exit 6
+for number in ${numbers//,/ }; do echo "${sizes[number]}"; done
+"""
 
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "memory"),
+    [
+        (None, 5, 0),
+        ("0,2", 2, 81559),
+        ("3,1", 2, 16384),
+        ("4", 1, 0),
+        ("", 0, 0),
+        ("-1", 0, 0),
+        ("MIG-1234", 1, 0),
+        ("7", 0, 0),
+    ],
+)
+def test_gpus_are_those_that_cuda_will_see(tmp_path, visible, gpus, memory):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    told = subprocess.check_output(
+        ["bash", "-euc", ". scripts/hardware.sh; echo $gpus $gpu_memory_mib ${extras[*]-}"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
+        cwd=ROOT,
+        text=True,
+    )
+    assert told.split() == [str(gpus), str(memory), *(["--extra", "gpu"] if gpus else [])]
+
+
+@pytest.mark.parametrize("script", ["speedrun_jax.sh", "scripts/runs/cpu_scaling.sh"])
+def test_scripts_without_arguments_refuse_them_before_they_do_anything(tmp_path, script):
+    shell = subprocess.run(
+        ["bash", str(ROOT / script), "--help"],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (shell.returncode, shell.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert "takes no arguments" in shell.stderr
+
+
+def test_tpu_chips_are_counted_among_googles_devices(tmp_path):
     ids = [("0x1ae0", "0x0063"), ("0x1ae0", "0x006f"), ("0x1ae0", "0x0042"), ("0x10de", "0x0063")]
     for number, (vendor, device) in enumerate(ids):
         (tmp_path / str(number)).mkdir()

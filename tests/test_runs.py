@@ -175,17 +175,74 @@ def test_runs_are_read_from_what_training_leaves(base_dir):
     assert (bpb.flops[0], bpb.flops[-1], bpb.values) == (0, loss.flops[-1], [3.0, 1.25])
 
 
+def test_what_cannot_be_read_is_left_out_with_a_warning(base_dir, capsys):
+    model = models((32,))[0]
+    for tag in ("mini_cut", "mini_empty", "mini_back", "mini_whole"):
+        write_run(base_dir, tag, model, 1e12, 1.5, core=("CORE", 0.3))
+    runs = base_dir / "base_checkpoints"
+    [meta] = runs.glob("mini_cut/*/meta.json")
+    meta.write_text(meta.read_text()[:40])
+    [judged] = runs.glob("mini_empty/*/base_eval.csv")
+    judged.write_text("")
+    [newest] = runs.glob("mini_back/step_*")  # the last one was lost
+    newest.rename(newest.with_name("step_000001"))
+    assert [run.tag for run in scaling.read_runs("mini_*")] == ["mini_whole"]
+    warned = capsys.readouterr().err
+    assert set(re.findall(r"leaving out \S*/(mini_\w+),", warned)) == {"mini_cut", "mini_empty"}
+
+
+def test_a_skipped_step_leaves_no_hole_in_a_curve(base_dir):
+    model = models((32,))[0]
+    write_run(base_dir, "mini_d4", model, 1e12, 1.25)
+    figures = {"train/batch_tokens": 1.0, "train/tokens_per_second": 1e4}
+    row = {"step": 2, "train/loss": None, "train/skipped": 1.0, **figures}
+    with open(base_dir / "base_checkpoints" / "mini_d4" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    [run] = scaling.read_runs("mini_*")
+    assert set(scaling.curve(run, "train/loss").values) == {5.0}
+
+
+def test_no_column_of_the_table_is_cut(base_dir, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = models((32,))[0]
+    for tag in ("flops_2.15e18_d20", "flops_2.15e18_d18"):
+        write_run(base_dir, tag, model, 1e12, 1.1)
+    sweep_table.main(sweep_table.Config(tags="flops_*"))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    [first, second] = [line.split() for line in shown.splitlines() if "flops_2.15e18" in line]
+    assert (first[0], second[0]) == ("flops_2.15e18_d18", "flops_2.15e18_d20")
+    assert len(first) == len(second) == len(sweep_table.COLUMNS) - 1  # no CORE
+
+
+@pytest.mark.parametrize("sizes", [(), (32,), (32, 40, 48)])
+def test_the_notebook_draws_what_there_is_without_a_law(base_dir, monkeypatch, sizes):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    for number, model in enumerate(models(sizes)):
+        write_run(base_dir, f"cpu_1e12_w{model.n_embd}", model, 1e12, 1.5 - 0.1 * number)
+    write_run(base_dir, "mini_d2", models((32,))[0], 1e12, 1.1)
+    names = run_notebook()
+    assert names["valleys"] == []
+    assert list(names["series"]) == ["mini_*"], "the last cell has run"
+
+
+def run_notebook():
+    """Every cell in turn; the names they leave."""
+    names = {}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
+    names["plt"].close("all")
+    return names
+
+
 def test_the_notebook_recovers_a_known_law_and_writes_its_picture(base_dir, capsys, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     write_sweep(base_dir)
     plan = GPTConfig.from_depth(2, vocab_size=512, sequence_len=128)
     for tag, core in (("mini_d2", 0.05), ("gpt2_d2", 0.26)):
         write_run(base_dir, tag, plan, 1e12, 1.1, batch=65536, core=("CORE", core))
-    names = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
-    names["plt"].close("all")
+    run_notebook()
     shown = capsys.readouterr().out
     assert f"N (parameters) ~ C^{EXPONENT}; without one size: {EXPONENT} to {EXPONENT} (" in shown
     tokens = float(re.search(r"D \(tokens\) ~ C\^([\d.]+)", shown)[1])
@@ -311,6 +368,12 @@ def test_a_sweep_refuses_a_tokenizer_of_another_size(base_dir):
     assert refused.returncode == 2
     assert "this sweep wants a tokenizer of 300 tokens" in refused.stderr
     assert ledger(base_dir, done + "prepare embedded 0 280").returncode == 0
+    # nor one that another sweep has made
+    (base_dir / "runs" / "tokenizer").write_text("tok_train --corpus embedded --vocab-size 280\n")
+    assert ledger(base_dir, done + "prepare embedded 0 300").returncode == 2
+    (made.parent / "tokenizer.bpe").unlink()
+    lost = ledger(base_dir, done + "launch() { echo $*; }; prepare embedded 0 280")
+    assert "tok_train --corpus embedded --vocab-size 280" in lost.stdout
 
 
 @pytest.mark.parametrize(("core", "status"), [(0.2566, 0), (0.2565, 1)])

@@ -10,6 +10,8 @@ def test_the_longest_name_of_a_card_decides_its_peak():
     assert runtime.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert runtime.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert runtime.peak_flops("NVIDIA A10") == 125e12
+    assert runtime.peak_flops("NVIDIA RTX A1000 Laptop GPU") is None  # no A100
+    assert runtime.peak_flops("NVIDIA H100 NVL") == 835e12
     assert runtime.peak_flops("NVIDIA GB200") == 2500e12
     assert runtime.peak_flops("NVIDIA L40") == 181e12
     assert runtime.peak_flops("TPU v5") == 459e12  # v5p

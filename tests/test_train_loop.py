@@ -75,6 +75,7 @@ class Diary:
 
     def save(self, step, backend, meta):
         self.entries.append(f"save {step} after {meta['loader']['read']}")
+        self.saved_wall_seconds = meta["wall_seconds"]
 
     def finish(self):
         self.entries.append("finish")
@@ -104,6 +105,7 @@ def diary(tmp_path):
             meta={},
             evaluate=evaluate,
             sample=sample,
+            wall_seconds=lambda: 100.0 + diary.position,
         )
         loop = LoopConfig(micro_batches=2, flops_per_token=1000.0, **config)
         with closing(tracker):
@@ -123,6 +125,7 @@ def test_a_checkpoint_comes_before_anything_else_of_its_step(diary):
     ]
     assert (result.step, result.interrupted) == (4, False)
     assert result.samples == [("Once", "upon 2")], "those of the final weights, for the report"
+    assert result.wall_seconds == diary.saved_wall_seconds == 104
 
 
 def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):

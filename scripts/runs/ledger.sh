@@ -7,8 +7,13 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
+if (($#)); then
+    echo "error: $0 takes no arguments: its first lines say what the environment sets" >&2
+    exit 2
+fi
+
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 ledger="$JAXCHAT_BASE_DIR/runs"
 
 if [[ -z "${DRY_RUN:-}" ]]; then
@@ -55,8 +60,9 @@ prepare() {
     [[ "$1" == embedded ]] || data+=(--num-shards "$2" --all)
     once data data_download "${data[@]}"
     if [[ -n "${DRY_RUN:-}" || ! -f "$made" ]]; then
+        [[ -n "${DRY_RUN:-}" ]] || rm -f "$ledger/tokenizer" # of one that is no more
         once tokenizer tok_train --corpus "$1" --vocab-size "$3"
-    elif [[ ! -f "$ledger/tokenizer" ]] && ! head -n 1 "$made" | grep -q "\"vocab_size\": $3[,}]"; then
+    elif ! head -n 1 "$made" | grep -q "\"vocab_size\": $3[,}]"; then
         echo "error: this sweep wants a tokenizer of $3 tokens, and $made is another." >&2
         echo "       Give the sweep a base directory of its own with JAXCHAT_BASE_DIR." >&2
         exit 2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Time to GPT-2: train depth 24 on 8 GPUs until its CORE passes GPT-2's, and say how long it took.
+# Time to GPT-2: train depth 24 on 8 GPUs, and say how long it took and whether its CORE passes GPT-2's.
 #
 #     bash scripts/runs/time_to_gpt2.sh
 #
