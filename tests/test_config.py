@@ -1,6 +1,7 @@
 """The arithmetic of the one dial, against numbers worked out by hand or stated by upstream."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -71,6 +72,42 @@ def test_deeper_models_take_larger_batches_higher_rates_and_less_decay():
     assert plan.lr_scale == pytest.approx(2**0.5)
     ratio = scaling_params(GPTConfig.from_depth(12)) / scaling_params(GPTConfig.from_depth(24))
     assert plan.weight_decay == pytest.approx(0.28 * 2**0.5 * ratio)
+
+
+def test_the_optimizer_is_nanochats():
+    """lr, betas, weight decay, and which of width and batch scale the rate (at 92d63d4)."""
+    config = OptimizerConfig()
+    assert {name: dataclasses.astuple(group) for name, group in config.adam_groups.items()} == {
+        "lm_head": (0.008, 0.8, 0.96, 0.01, True, True),
+        "wte": (0.3, 0.8, 0.995, 0.001, True, True),
+        "value_embeds": (0.15, 0.8, 0.995, 0.01, True, True),
+        "resid_lambdas": (0.005, 0.8, 0.95, 0.05, False, True),
+        "x0_lambdas": (0.5, 0.96, 0.95, 0.0, False, True),
+        "gates": (0.2, 0.8, 0.95, 0.0, False, False),
+    }
+    assert (config.matrix_lr, config.matrix_beta2, config.weight_decay) == (0.02, 0.9, 0.28)
+    assert config.eps == 1e-10
+
+
+@pytest.mark.parametrize(
+    ("depth", "aspect", "head_dim", "batch"),
+    [
+        (12, 64, 128, 2**19),
+        (16, 64, 128, 2**19),
+        (18, 64, 128, 2**20),
+        (4, 64, 128, 2**18),
+        (4, 48, 64, 2**18),
+    ],
+)
+def test_the_batch_grows_with_the_horizon_to_the_0_383(depth, aspect, head_dim, batch):
+    """The horizon is 12 tokens per scaling parameter; the reference is its kind at depth 12."""
+    config = GPTConfig.from_depth(depth, aspect_ratio=aspect, head_dim=head_dim)
+    reference = GPTConfig.from_depth(12, aspect_ratio=aspect, head_dim=head_dim)
+    plan = plan_training(config, OptimizerConfig(), aspect_ratio=aspect)
+    growth = scaling_params(config) / scaling_params(reference)
+    assert plan.total_batch_size == 2 ** round(math.log2(2**19 * growth**0.383)) == batch
+    assert plan.num_iterations == round(12 * scaling_params(config) / batch)
+    assert plan.weight_decay == pytest.approx(0.28 * math.sqrt(batch / 2**19) / growth)
 
 
 def test_the_horizon_is_steps_before_flops_before_ratio():

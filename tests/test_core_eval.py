@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,16 @@ def test_golden_prompts_of_every_kind():
         "Grass is\nA: green.\n\nThe sky is\nA: blue.",
         "Grass is\nA: green.\n\nThe sky is\nA: green.",
     ]
+    other = {"context_options": ["Red", "Blue"], "continuation": "is a colour.", "gold": 1}
+    assert prompts(task_of("schema", [SCHEMA, other], shots=1), 0) == [
+        "Blue is a colour.\n\nAnn saw Bo and Ann ran.",
+        "Blue is a colour.\n\nAnn saw Bo and Bo ran.",
+    ]
+    again = {"context": " Five, ", "continuation": "six"}
+    assert prompts(task_of("language_modeling", [LANGUAGE, again], shots=1), 0) == [
+        "Five, six\n\nOne, two,",
+        "Five, six\n\nOne, two, three",
+    ]
     assert prompts(task_of("schema", [SCHEMA]), 0) == [
         "Ann saw Bo and Ann ran.",
         "Ann saw Bo and Bo ran.",
@@ -124,6 +136,19 @@ def test_demonstrations_never_show_the_question_and_outlive_a_limit():
         assert len(shots) == 10
         assert task.examples[index] not in shots
     assert demonstrations(task, 3) == demonstrations(task, 3)
+
+
+def test_examples_and_demonstrations_are_drawn_as_in_nanochat():
+    """Other seeds (1337, and 1234 + the example's number) are another metric."""
+    examples = [{**LANGUAGE, "continuation": str(i)} for i in range(12)]
+    facts = {"kind": "language_modeling", "num_fewshot": 4, "delimiter": " ", "baseline": 0.0}
+    task = make_task(label="t", examples=examples, **facts)
+    order = list(range(12))
+    random.Random(1337).shuffle(order)
+    assert [int(e["continuation"]) for e in task.examples] == order
+    others = [order[i] for i in range(12) if i != 5]
+    drawn = random.Random(1234 + 5).sample(others, 4)
+    assert [int(e["continuation"]) for e in demonstrations(task, 5)] == drawn
 
 
 def test_too_few_examples_for_the_demonstrations_are_refused():
@@ -201,6 +226,22 @@ def test_a_model_that_knows_the_answers_gets_them_all(tokenizer):
     result = evaluate_task(Knowing(), tokenizer, task, max_examples=None, batch_tokens=128)
     assert (result.accuracy, result.examples) == (1.0, 5)
     assert core_metric([result]) == result.centered == 1.0
+
+
+def test_accuracy_is_centred_on_guessing_and_the_metric_is_the_mean_of_that(tokenizer):
+    """Of two questions alike but for the right answer, every model gets one."""
+
+    class Any:
+        config = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size)
+
+        def score(self, inputs, targets):
+            return targets.astype(np.float32), targets
+
+    task = task_of("multiple_choice", [CHOICE, {**CHOICE, "gold": 1}])
+    result = evaluate_task(Any(), tokenizer, task, max_examples=None, batch_tokens=128)
+    assert (result.accuracy, result.centered) == (0.5, pytest.approx((0.5 - 0.25) / 0.75))
+    worse = replace(result, accuracy=0.1, centered=-0.2)
+    assert core_metric([result, worse]) == pytest.approx((1 / 3 - 0.2) / 2)
 
 
 def test_only_the_mean_of_all_examples_is_called_core():

@@ -187,6 +187,39 @@ def test_epochs_differ_and_seeds_differ_but_both_repeat():
     assert not np.array_equal(ids(first), ids(take(loader_of(corpus, seed=4), 6)))
 
 
+@pytest.mark.parametrize(("documents", "groups"), [(64, 1), (4 * NUM_STREAMS, 4 * NUM_STREAMS)])
+def test_every_pass_has_an_order_of_its_own(documents, groups):
+    """Of documents within a group, and of groups where these are dealt."""
+    reader = dataloader._Reader(corpus_of(documents, groups), "train", ByteTokenizer())
+
+    def order(epoch):
+        return [
+            (group, int(row))
+            for stream in range(NUM_STREAMS)
+            for shard, group, count in reader.order(stream, 1, epoch)
+            for row in reader.rows(stream, 1, epoch, (shard, group, count))
+        ]
+
+    assert order(0) != order(1)
+    assert sorted(order(0)) == sorted(order(1))
+
+
+def test_the_epoch_is_that_of_the_slowest_stream_and_cropping_is_counted():
+    with loader_of(corpus_of(documents=37, groups=1), rows_per_batch=3) as loader:
+        apart = cropped = 0
+        for _ in range(60):
+            next(loader)
+            streams = loader.state()["streams"].values()
+            epochs = {stream["epoch"] for stream in streams}
+            assert loader.epoch == min(epochs)
+            apart += len(epochs) > 1
+            cut, kept = (sum(s[name] for s in streams) for name in ("cropped", "kept"))
+            assert loader.cropped_share == cut / (cut + kept)
+            cropped += 0 < cut < kept
+    assert apart
+    assert cropped
+
+
 def test_the_fullest_fit_wins():
     """Of documents of 3, 10 and 30 tokens, a row of 34 takes the 30, the 3, then crops."""
     group = ["a" * 29, "b" * 9, "c" * 2]
@@ -197,6 +230,22 @@ def test_the_fullest_fit_wins():
     row = stream.next_row(34)
     assert bytes(row[1:30].astype(np.uint8)) == b"a" * 29
     assert bytes(row[31:33].astype(np.uint8)) == b"c" * 2
+
+
+def stream_of(group, capacity):
+    """A stream over one group, in its order."""
+    reader = dataloader._Reader(ListCorpus([group]), "train", ByteTokenizer())
+    reader.rows = lambda *_: np.arange(len(group))
+    stream = dataloader._Stream(reader, 0, 0, None)
+    stream._capacity = capacity
+    return stream
+
+
+def test_a_document_that_fits_exactly_is_taken_and_the_oldest_of_equals():
+    stream = stream_of(["a" * 9, "b" * 9, "c" * 5], capacity=3)
+    row = stream.next_row(26)  # 10 + 10 + 6
+    assert bytes(row[row < 256].astype(np.uint8)) == b"a" * 9 + b"b" * 9 + b"c" * 5
+    assert (stream._kept, stream._cropped) == (26, 0)
 
 
 def test_another_corpus_or_length_is_refused_by_name():

@@ -1,7 +1,6 @@
 """Rollouts as batches, pass@k against its formula, and the reward of a real run."""
 
 import itertools
-from math import comb
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from jaxchat.policy_gradient import (
     sample_groups,
 )
 from jaxchat.request import Completion
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import Task
@@ -72,6 +72,23 @@ def test_rows_hold_prompt_and_reply_and_learn_what_the_model_chose():
     assert set(batch.weights[1]) == {-0.5}
     assert batch.figures["train/reward"] == 0.5
     assert batch.figures["train/mixed_groups_share"] == 1.0
+    assert batch.figures["train/finished_share"] == 0.5
+    assert batch.figures["train/reply_tokens"] == (4 + 1) / 2
+
+
+def test_an_advantage_is_the_reward_minus_the_mean_of_its_own_group():
+    """Not of all groups, and not divided by a deviation."""
+    groups = [[reply([7], [-1.0]) for _ in range(4)] for _ in range(2)]
+    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    batch = rollout_batch([[1], [2]], groups, rewards, max_length=64)
+    expected = [0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, -0.75]
+    assert batch.weights[:, 0].tolist() == expected
+
+
+def test_replies_are_sampled_as_the_options_say():
+    config = RolloutConfig(max_tokens=9, temperature=0.7, top_k=5)
+    sampled = config.params(seed=3)
+    assert sampled == SamplingParams(max_tokens=9, temperature=0.7, top_k=5, seed=3)
 
 
 def test_a_group_that_agrees_teaches_nothing():
@@ -99,8 +116,29 @@ def test_a_loader_continues_where_another_stood():
     np.testing.assert_array_equal(next(later).inputs, batches[2].inputs)
     assert (first.state(), first.epoch) == ({"step": 3}, 1)
     assert first.state(first.position - 1) == {"step": 2}
-    asked = [tuple(sorted({tuple(row[:6]) for row in b.inputs.tolist()})) for b in batches]
-    assert len(set(asked[0]) | set(asked[1])) == len(SayA())
+    asked = [questions_of(batch) for batch in batches]
+    assert sorted(asked[0] + asked[1]) == list(range(len(SayA())))
+    second = asked[2] + questions_of(next(first))
+    assert sorted(second) == sorted(asked[0] + asked[1])
+    assert second != asked[0] + asked[1]
+
+
+def questions_of(batch):
+    """Their numbers, in the order in which they were asked."""
+    digits = ["".join(chr(i) for i in row[:8] if ord("0") <= i <= ord("9"))[:1] for row in batch[0]]
+    return [int(digit) for digit in digits[:: CONFIG.samples]]
+
+
+def test_a_question_that_comes_again_is_answered_anew():
+    """With the seed of its place alone, every step would write the same replies."""
+
+    class Same(SayA):
+        def _example(self, index):
+            return super()._example(0)
+
+    loader = RolloutLoader(Same(), small_backend("jax"), TOKENIZER, CONFIG, seed=3)
+    first, second = next(loader), next(loader)
+    assert not np.array_equal(first.inputs, second.inputs)
 
 
 def test_samples_of_a_question_differ_from_their_first_token():
@@ -119,15 +157,28 @@ def test_too_few_questions_are_named():
 
 def test_pass_at_k_is_the_chance_over_all_subsets():
     """Against an average over every choice of k of the n replies."""
-    backend = small_backend("jax")
-    config = RolloutConfig(questions=1, samples=5, max_tokens=2, top_k=3, slots=5)
-    found = pass_at_k(SayA(), backend, TOKENIZER, config, questions=4, ks=(1, 2, 5, 9), seed=1)
+
+    class OneInThree(SayA):
+        def evaluate(self, problem, reply):
+            return sum(reply.encode()) % 3 == 0
+
+    backend, task = small_backend("jax"), OneInThree()
+    config = RolloutConfig(questions=1, samples=5, max_tokens=2, top_k=0, slots=5)
+    found = pass_at_k(task, backend, TOKENIZER, config, questions=4, ks=(1, 2, 5, 9), seed=1)
     assert set(found) == {"pass@1", "pass@2", "pass@5"}
-    assert 0 <= found["pass@1"] <= found["pass@2"] <= found["pass@5"] <= 1
-    for n, c, k in itertools.product((5,), range(6), (1, 2, 5)):
-        replies = [True] * c + [False] * (n - c)
-        chances = [any(chosen) for chosen in itertools.combinations(replies, k)]
-        assert 1 - comb(n - c, k) / comb(n, k) == pytest.approx(np.mean(chances))
+    engine = Engine(backend, TOKENIZER, slots=5)
+    asked = [task[i] for i in range(4)]
+    groups = sample_groups(
+        engine,
+        prompts_of(engine, asked, config),
+        config,
+        seeds=[(1 << 32) + i for i in range(4)],
+    )
+    right = [[task.evaluate(task[0], reply.text) for reply in group] for group in groups]
+    assert 2 < sum(map(sum, right)) < 18
+    for k in (1, 2, 5):
+        chances = [np.mean([any(c) for c in itertools.combinations(row, k)]) for row in right]
+        assert found[f"pass@{k}"] == pytest.approx(np.mean(chances))
 
 
 def test_questions_and_samples_share_the_slots():

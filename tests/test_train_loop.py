@@ -8,7 +8,8 @@ import math
 import os
 import signal
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,17 +42,19 @@ class Diary:
 
     def __init__(self):
         self.entries, self.weights, self.on_step = [], [], None
-        self.losses = {}
+        self.losses, self.handed_out = {}, 0
+        self.saved, self.limits, self.schedules, self.validated = [], [], [], []
         self.reads = []
         """(step, steps that had been dispatched when its loss was read)."""
 
     def __next__(self):
+        self.handed_out += 1
         rows = np.zeros((4, 8), np.int32)
         return Batch(rows, rows, np.ones((4, 8), np.float32), {"train/reward": 0.25})
 
     @property
     def position(self):
-        return self.entries.count("train")
+        return self.handed_out
 
     def state(self, position=None):
         return {"read": self.position if position is None else position}
@@ -62,6 +65,7 @@ class Diary:
     def train_step(self, inputs, targets, schedule, weights, limits):
         assert inputs.shape == targets.shape == weights.shape == (2, 2, 8)
         self.entries.append("train")
+        self.limits.append(limits)
         if self.on_step is not None:
             self.on_step(self.entries.count("train"))
         loss = self.losses.get(self.entries.count("train"), 2.0)
@@ -75,7 +79,10 @@ class Diary:
 
     def save(self, step, backend, meta):
         self.entries.append(f"save {step} after {meta['loader']['read']}")
-        self.saved_wall_seconds = meta["wall_seconds"]
+        self.saved.append(meta)
+
+    def note_validation(self, step, figure):
+        self.validated.append((step, figure))
 
     def finish(self):
         self.entries.append("finish")
@@ -86,7 +93,7 @@ def diary(tmp_path):
     diary = Diary()
     diary.directory = tmp_path
 
-    def run(**config):
+    def run(*, start=None, stage=None, **config):
         def evaluate():
             diary.entries.append("evaluate")
             return {"val/bpb": 1.5}
@@ -95,11 +102,15 @@ def diary(tmp_path):
             diary.entries.append("sample")
             return [("Once", f"upon {diary.entries.count('sample')}")]
 
+        def schedule(step):
+            diary.schedules.append(step)
+            return StepSchedule(1.0, 0.9, 0.0)
+
         tracker = Tracker(tmp_path / METRICS)
-        stage = Stage(
+        default = Stage(
             backend=diary,
             loader=diary,
-            schedule=lambda step: StepSchedule(1.0, 0.9, 0.0),
+            schedule=schedule,
             store=diary,
             tracker=tracker,
             meta={},
@@ -109,7 +120,7 @@ def diary(tmp_path):
         )
         loop = LoopConfig(micro_batches=2, flops_per_token=1000.0, **config)
         with closing(tracker):
-            result = run_loop(stage, loop)
+            result = run_loop(replace(default, **(stage or {})), loop, **(start or {}))
         return result, read_metrics(tmp_path / METRICS)
 
     diary.run = run
@@ -125,7 +136,8 @@ def test_a_checkpoint_comes_before_anything_else_of_its_step(diary):
     ]
     assert (result.step, result.interrupted) == (4, False)
     assert result.samples == [("Once", "upon 2")], "those of the final weights, for the report"
-    assert result.wall_seconds == diary.saved_wall_seconds == 104
+    assert result.wall_seconds == diary.saved[-1]["wall_seconds"] == 104
+    assert diary.schedules == [0, 1, 2, 3]
 
 
 def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
@@ -203,6 +215,65 @@ def test_a_spike_is_skipped_kept_and_counted(diary, tmp_path, capsys):
         assert batch["inputs"].shape == (4, 8)
     assert "step 45 skipped: loss nan" in capsys.readouterr().out
     assert math.isnan(next(r for r in rows if r["step"] == 45 and "train/loss" in r)["train/loss"])
+
+
+def steady(steps):
+    """The guard's state after so many steps of loss 2."""
+    return {"seen": [[step, 2.0, 1.0, False] for step in range(steps)]}
+
+
+def test_a_continued_run_knows_what_a_spike_is(diary):
+    start = {"start_step": 40, "guard_state": steady(40), "train_seconds": 1000.0}
+    diary.losses = {2: 7.0}
+    result, rows = diary.run(num_iterations=43, start=start)
+    assert [row["step"] for row in rows if "train/skipped" in row] == [42]
+    assert result.train_seconds > 1000
+    (saved,) = diary.saved
+    assert saved["train_seconds"] == result.train_seconds
+    assert saved["guard"]["seen"][:40] == steady(40)["seen"]
+    assert [row[0] for row in saved["guard"]["seen"][40:]] == [40, 41, 42], "the newest included"
+
+
+def test_limits_know_the_steps_that_every_run_knows_then(diary):
+    """Those before the last: the last is still on its way, unless a save has just waited for it."""
+    diary.run(num_iterations=40, save_every=32)
+    first = next(i for i, limits in enumerate(diary.limits) if math.isfinite(limits.loss))
+    assert first == SpikeRule().min_history + 1
+
+
+def test_the_figure_that_decides_is_told_with_its_step(diary):
+    diary.run(num_iterations=4, eval_every=2, stage={"best_by": "val/bpb"})
+    assert diary.validated == [(0, 1.5), (2, 1.5), (4, 1.5)]
+
+
+def test_all_processes_stop_when_one_is_asked_to(diary, capsys):
+    result, _ = diary.run(num_iterations=9, stage={"agree": lambda asked: diary.position == 3})
+    assert (result.step, result.interrupted) == (3, True)
+    assert "stopped by another process; step 3 is saved" in capsys.readouterr().out
+
+
+def test_a_run_that_is_asked_to_stop_at_its_end_has_finished(diary):
+    diary.on_step = lambda count: count == 3 and os.kill(os.getpid(), signal.SIGTERM)
+    result, _ = diary.run(num_iterations=3)
+    assert (result.step, result.interrupted) == (3, False)
+    assert diary.entries[-3:] == ["evaluate", "sample", "finish"]
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(diary):
+    def twice(count):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    diary.on_step = twice
+    with pytest.raises(KeyboardInterrupt):
+        diary.run(num_iterations=3)
+
+
+def test_the_tokens_of_all_processes_count(diary, monkeypatch):
+    monkeypatch.setattr(diary, "devices", DeviceInfo("cpu", 2, "two diaries", None, processes=2))
+    monkeypatch.setattr("jaxchat.peers.exit_when_one_is_lost", lambda *_: nullcontext())
+    _, rows = diary.run(num_iterations=1)
+    assert [row["train/batch_tokens"] for row in rows if "train/loss" in row] == [64]
 
 
 def test_too_many_spikes_end_the_run_and_say_where_to_look(diary):

@@ -1,0 +1,101 @@
+"""What a client asks for is what the engine is given, field by field."""
+
+import pytest
+
+from jaxchat.conversation import render_for_completion
+from jaxchat.sampling_params import SamplingParams
+from tests.servers import CONTEXT, make_engine, running, tokenizer
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+PROMPT = render_for_completion(tokenizer(), {"messages": HELLO})
+
+SAMPLERS = {
+    "temperature": 0.3,
+    "top_k": 7,
+    "top_p": 0.8,
+    "min_p": 0.05,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.2,
+    "logit_bias": {"5": -1.0},
+    "seed": 11,
+    "stop": ["zz", "yy"],
+    "ignore_eos": True,
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running([make_engine()], temperature=0.4, top_k=9, max_messages=3) as one:
+        yield one
+
+
+@pytest.fixture
+def given(server, monkeypatch):
+    """A function that posts a body and returns the request that reached the engine."""
+    submit, seen = server.engine.submit, []
+    monkeypatch.setattr(
+        server.engine, "submit", lambda request: seen.append(request) or submit(request)
+    )
+
+    def post(path, **body):
+        seen.clear()
+        answer = server.post(path, body)
+        assert answer.status_code == 200, answer.text
+        (request,) = seen
+        return request
+
+    return post
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [(CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "hello"})]
+)
+def test_every_sampler_of_a_request_reaches_the_engine(given, path, asked):
+    expected = {**SAMPLERS, "logit_bias": ((5, -1.0),), "stop": ("zz", "yy")}
+    request = given(path, **asked, **SAMPLERS, max_tokens=3)
+    assert request.params == SamplingParams(max_tokens=3, **expected)
+    assert given(path, **asked, top_k=-1, max_tokens=1).params.top_k == 0
+
+
+def test_a_chat_that_names_nothing_gets_the_servers_sampler_and_the_rest_of_the_context(given):
+    request = given(CHAT, messages=HELLO)
+    expected = SamplingParams(
+        max_tokens=CONTEXT - len(PROMPT), temperature=0.4, top_k=9, seed=request.params.seed
+    )
+    assert (list(request.ids), request.params, request.tools) == (PROMPT, expected, True)
+
+
+def test_a_plain_completion_samples_as_openais(given):
+    request = given(COMPLETIONS, prompt="hello")
+    ids = [tokenizer().bos_id, *tokenizer().encode("hello")]
+    expected = SamplingParams(max_tokens=16, temperature=1.0, top_k=0, seed=request.params.seed)
+    assert (list(request.ids), request.params, request.tools) == (ids, expected, False)
+
+
+def test_the_newer_name_of_the_limit_wins(given):
+    def limit(**fields):
+        return given(CHAT, messages=HELLO, **fields).params.max_tokens
+
+    assert limit(max_tokens=5) == 5
+    assert limit(max_completion_tokens=6) == 6
+    assert limit(max_tokens=5, max_completion_tokens=6) == 6
+
+
+def test_a_developer_is_the_system(given):
+    ids = [
+        list(
+            given(CHAT, messages=[{"role": role, "content": "Be brief."}, *HELLO], max_tokens=1).ids
+        )
+        for role in ("system", "developer")
+    ]
+    assert ids[0] == ids[1]
+    assert len(ids[0]) > len(PROMPT)
+
+
+def test_more_messages_than_allowed_are_counted_in_the_error(server):
+    long = HELLO + [{"role": "assistant", "content": "yes"}, *HELLO] * 2
+    answer = server.post(CHAT, {"messages": long})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "5 messages, at most 3."
