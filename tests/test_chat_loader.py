@@ -226,6 +226,18 @@ def test_statistics_count_what_is_in_the_batches():
     assert stats.tokens - stats.padding == pytest.approx(packed, abs=25 * 8)  # a row's last token
 
 
+def test_what_fits_exactly_is_neither_truncated_nor_left_for_another_row():
+    """A row has room for one token more than its length."""
+    one = exchange("q" * 9, "r" * 9)
+    length = len(render(TOKENIZER, one)[0])
+    for whole in (1, 2):
+        loader = loader_of(Given([one] * 32), sequence_len=whole * length - 1)
+        with loader:
+            next(loader)
+            stats = loader.stats
+        assert (stats.truncated, stats.padding) == (0, 0)
+
+
 def test_rows_are_those_of_the_seed_whatever_the_processes():
     task = conversations_of([(5 * i % 97, 1 + 7 * i % 83) for i in range(500)])
     whole = take(loader_of(task, rows_per_batch=16), 6)

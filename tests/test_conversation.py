@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from jaxchat.conversation import (
     check_conversation,
+    crop_prompt,
     render,
     render_for_completion,
     visualize,
@@ -286,3 +287,9 @@ def test_a_picture_of_the_mask_cannot_drive_the_terminal():
     assert "\x1b[2m\x1b[1m<|bos|>\x1b[0m" in shown
     with pytest.raises(ValueError, match="differ in length: 2 and 1"):
         visualize(TOKENIZER, [1, 2], [1])
+
+
+def test_a_cropped_prompt_keeps_its_beginning_token_and_its_end():
+    ids = list(range(10))
+    assert crop_prompt(ids, 4) == [0, 7, 8, 9]
+    assert crop_prompt(ids, 10) == crop_prompt(ids, 99) == ids

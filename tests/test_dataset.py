@@ -122,6 +122,15 @@ def test_the_validation_shard_is_the_same_however_many_were_downloaded(base_dir)
     assert default_corpus() == "climbmix"
 
 
+def test_a_folder_of_parquet_files_is_another_corpus_when_one_of_them_changes(tmp_path):
+    for i in range(2):
+        write_shard(tmp_path / f"{i}.parquet", ["a", "b"])
+    first = open_corpus(str(tmp_path)).fingerprint
+    assert open_corpus(str(tmp_path)).fingerprint == first
+    write_shard(tmp_path / "0.parquet", ["a", "b", "a longer third one"])
+    assert open_corpus(str(tmp_path)).fingerprint != first
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """One installed distribution, instead of all of them."""
@@ -130,7 +139,8 @@ def library(tmp_path, monkeypatch):
     stdlib.mkdir()
     (stdlib / "one.py").write_text(f'"""{"Module documentation. " * 12}"""\n')
     (stdlib / "bad.py").write_text("def broken(:\n")
-    (stdlib / "short.py").write_text('"""Too short."""\n')
+    (stdlib / "short.py").write_text(f'"""Too short{"." * 190}"""\n')  # 199 characters
+    (stdlib / "enough.py").write_text(f'"""Long enough{"." * 189}"""\n')  # 200
     tests = stdlib / "test"
     tests.mkdir()
     (tests / "hidden.py").write_text(f'"""{"Test documentation. " * 12}"""\n')
@@ -144,6 +154,7 @@ def test_the_embedded_corpus_is_the_documentation_of_what_is_installed(base_dir,
     documents = train + val
     assert any(text.startswith("networkx.algorithms.") for text in documents)
     assert any(text.startswith("one\n\nModule documentation.") for text in documents)
+    assert any(text.startswith("enough\n\nLong enough") for text in documents)
     assert not any("Test documentation" in text or "Too short" in text for text in documents)
     bodies = [text.partition("\n\n")[2] for text in documents]
     assert len(set(bodies)) == len(bodies)

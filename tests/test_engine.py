@@ -418,3 +418,30 @@ def test_nothing_compiles_after_the_first_request():
     before = [program._cache_size() for program in programs]
     real_engine().complete(requests(8)[1:3])
     assert [program._cache_size() for program in programs] == before
+
+
+def test_a_new_prompt_takes_the_row_that_was_used_longest_ago():
+    """So what was said last is what a conversation finds again."""
+    backend = ScriptedBackend(
+        GPTConfig(sequence_len=512, vocab_size=tokenizer().vocab_size),
+        lambda held: special("assistant_end"),
+    )
+    engine = Engine(backend, tokenizer(), slots=2)
+    for first in (1, 2, 3):  # no two begin alike
+        engine.complete([Request([first] * 5, GREEDY)])
+    assert [row for row, _, _ in backend.prefills] == [0, 1, 0]
+    engine.complete([Request([2] * 9, GREEDY)])
+    assert backend.prefills[-1] == (1, 5, 4)
+    assert engine.reused_tokens == 5
+
+
+def test_the_token_that_ends_a_reply_has_the_models_probability():
+    """Also where the host samples it, right behind the prompt."""
+    for request in requests(8):
+        stops = replace(request, stop_ids=frozenset(range(256)))
+        (reply,) = real_engine().complete([stops])
+        if reply.stop_id is None:
+            continue
+        scores = real_engine().score_prompt([*request.ids, reply.stop_id])
+        assert reply.stop_logprob == pytest.approx(scores.logprobs[-1], abs=1e-4)
+        assert reply.stop_logprob < 0

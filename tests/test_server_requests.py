@@ -2,8 +2,11 @@
 
 import pytest
 
+from jaxchat.config import GPTConfig
 from jaxchat.conversation import render_for_completion
+from jaxchat.engine import Engine
 from jaxchat.sampling_params import SamplingParams
+from tests.scripted import ScriptedBackend
 from tests.servers import CONTEXT, make_engine, running, tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -92,6 +95,33 @@ def test_a_developer_is_the_system(given):
     ]
     assert ids[0] == ids[1]
     assert len(ids[0]) > len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [(CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "hello"})]
+)
+def test_the_token_that_ends_a_reply_is_counted(path, asked):
+    """The model has written it, and whoever pays for tokens pays for it."""
+    [a, b] = tokenizer().encode("a") + tokenizer().encode("b")
+    text = [a, b, tokenizer().special_id("assistant_end")]
+
+    def next_token(held):
+        written = [id for id in held[-2:] if id in (a, b)]
+        return text[len(written)]
+
+    config = GPTConfig(sequence_len=CONTEXT, vocab_size=tokenizer().vocab_size)
+    engine = Engine(Scripted(config, next_token), tokenizer(), slots=2)
+    with running([engine]) as scripted:
+        answer = scripted.post(path, {**asked, "max_tokens": 9}).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+class Scripted(ScriptedBackend):
+    """Has nothing to warm up."""
+
+    def warm_up(self, cache, steps):
+        return cache
 
 
 def test_more_messages_than_allowed_are_counted_in_the_error(server):

@@ -289,3 +289,51 @@ def test_another_model_or_limit_starts_over(changed):
     fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
     merged = task_report.with_earlier_rows(fresh, FACTS | changed, [MID], "mid")
     assert isinstance(merged, Table) and len(merged.rows) == 1
+
+
+def test_some_problems_are_drawn_from_all_of_them():
+    """The first ones of a set are often of one subject, or the easy ones."""
+    asked = []
+
+    class Asked(Choices):
+        def evaluate(self, problem, reply):
+            asked.append(problem["messages"][0]["content"])
+            return True
+
+    small = JaxBackend(CONFIG, dtype="float32")
+    small.init(0)
+    evaluate(small, Asked(), max_problems=4)
+    contents = [problem["messages"][0]["content"] for problem in Choices()]
+    drawn = [problem["messages"][0]["content"] for problem in Choices().shuffled(1337)[:4]]
+    assert sorted(asked) == sorted(drawn)
+    assert sorted(asked) != sorted(contents[:4])
+
+
+def test_a_long_question_leaves_its_reply_the_room_that_it_needs():
+    """And the reply is the likeliest one: temperature 0."""
+
+    class Long(Task):
+        name, kind, max_tokens = "long", "generative", 16
+
+        def _examples(self):
+            return 2
+
+        def _example(self, index):
+            turns = zip(("user", "assistant"), ("q" * 1000, "x"), strict=True)
+            return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+        def _identity(self):
+            return "long"
+
+        def evaluate(self, problem, reply):
+            return reply == "x" * 16
+
+    class Greedy(ScriptedBackend):
+        def decode(self, cache, batch):
+            assert {row.temperature for row in batch.params if row is not None} == {0.0}
+            return super().decode(cache, batch)
+
+    backend = Greedy(replace(CONFIG, sequence_len=64), lambda held: ord("x"))
+    result = evaluate(backend, Long())
+    assert (result.problems, result.correct, result.cropped) == (2, 2, 2)
+    assert {count for _, _, count in backend.prefills} == {64 - 16}

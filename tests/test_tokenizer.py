@@ -25,6 +25,7 @@ from jaxchat.tokenizer import (
     HUGGING_FACE_FILE,
     MIN_VOCAB_SIZE,
     SPECIAL_NAMES,
+    SPLIT_PATTERN,
     TOKEN_BYTES_FILE,
     TOKENIZER_FILE,
     StreamDecoder,
@@ -232,6 +233,17 @@ def test_a_small_corpus_gives_the_vocabulary_it_can():
     assert tokenizer.vocab_size == 256 + 4 + 9  # ab, cd, abcd, " abcd"
     assert len(tokenizer.encode("abcd abcd")) == 2
     assert tokenizer.bos_id == 260
+
+
+def test_text_is_split_as_gpt4s_but_for_numbers():
+    assert SPLIT_PATTERN == (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    numbers = Tokenizer.train(iter(["12345 1234567 123 " * 50]), vocab_size=290)
+    learned = [numbers.decode([id]) for id in range(256, numbers.vocab_size - len(SPECIAL_NAMES))]
+    assert {"12", "34"} <= set(learned)
+    assert max(map(len, learned)) == 2
 
 
 def test_the_fingerprint_covers_pattern_and_ranks():
