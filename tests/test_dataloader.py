@@ -232,20 +232,22 @@ def test_the_fullest_fit_wins():
     assert bytes(row[31:33].astype(np.uint8)) == b"c" * 2
 
 
-def stream_of(group, capacity):
+def stream_of(group):
     """A stream over one group, in its order."""
     reader = dataloader._Reader(ListCorpus([group]), "train", ByteTokenizer())
     reader.rows = lambda *_: np.arange(len(group))
-    stream = dataloader._Stream(reader, 0, 0, None)
-    stream._capacity = capacity
-    return stream
+    return dataloader._Stream(reader, 0, 0, None)
 
 
-def test_a_document_that_fits_exactly_is_taken_and_the_oldest_of_equals():
-    stream = stream_of(["a" * 9, "b" * 9, "c" * 5], capacity=3)
-    row = stream.next_row(26)  # 10 + 10 + 6
-    assert bytes(row[row < 256].astype(np.uint8)) == b"a" * 9 + b"b" * 9 + b"c" * 5
-    assert (stream._kept, stream._cropped) == (26, 0)
+def test_a_document_that_fits_exactly_is_taken():
+    stream = stream_of(["c" * 5, "a" * 9] * 200)
+    assert bytes(stream.next_row(10)[1:].astype(np.uint8)) == b"a" * 9
+    assert (stream._kept, stream._cropped) == (10, 0)
+
+
+def test_of_documents_of_one_length_the_oldest_is_taken():
+    row = stream_of([f"{i:09d}" for i in range(400)]).next_row(30)
+    assert bytes(row[row < 256].astype(np.uint8)) == b"000000000000000001000000002"
 
 
 def test_another_corpus_or_length_is_refused_by_name():

@@ -389,6 +389,41 @@ def test_the_engine_says_what_the_model_says():
         ids.append(token)
 
 
+def test_penalties_count_the_whole_reply_and_not_the_prompt_where_they_should():
+    """Over several dispatches, which know of a row only what they are told."""
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=11,
+        presence_penalty=1.5,
+        frequency_penalty=1.0,
+        repetition_penalty=1.3,
+        logit_bias=((65, 8.0), (66, 8.0)),
+        ignore_eos=True,
+    )
+    request = Request(requests(5)[4].ids, params, tools=False)
+    (got,) = real_engine().complete([request])
+    ids, length = list(request.ids), len(request.ids)
+    for token in got.ids:
+        history = sampling.History(ids[:length], ids[length:])
+        row = np.pad(np.array([ids], np.int32), ((0, 0), (0, 64 - len(ids))))
+        logits = backend().logits(row, np.array([len(ids) - 1], np.int32))[0]
+        assert token == sampling.sample(logits, params, np.float32(0), history)
+        ids.append(token)
+    assert got.ids.count(66) > 1 and len(set(got.ids)) > 3  # the bias, and what tempers it
+
+
+def test_a_stop_string_within_a_calculation_stops_nothing():
+    call = script("<python_start>", "1+1", "<python_end>")
+    output = script("<output_start>", "2", "<output_end>")
+    said = [*call, *output, *script("so 1+1 is")]
+    reply = reply_to(said, params=replace(GREEDY, stop=("1+1",)))
+    assert [(part["type"], part["text"]) for part in reply.parts] == [
+        ("python", "1+1"),
+        ("python_output", "2"),
+        ("text", "so "),
+    ]
+
+
 def next_logits(ids):
     """Logits after a text, from the cache-free half of the backend: one score per token."""
     vocab = backend().config.vocab_size

@@ -89,6 +89,13 @@ def test_draws_follow_the_distribution():
         assert counts[token] / 4096 == pytest.approx(share, abs=0.03)
 
 
+def test_top_p_is_reached_by_a_sum_that_equals_it():
+    """Half of the mass in one token is enough for 0.5."""
+    logits = np.log(np.array([0.5, 0.25, 0.25], np.float32) + np.float32(0))
+    kept = sampling.filtered_weights(logits, SamplingParams(top_k=None, top_p=0.5))
+    assert np.flatnonzero(kept).tolist() == [0]
+
+
 def test_greedy_takes_the_lowest_of_equal_ids():
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, [17, 200]] = 1
