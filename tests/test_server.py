@@ -551,6 +551,21 @@ def test_keys_rates_and_origins():
         assert httpx.options(url, headers=asked).status_code == 400
 
 
+def test_without_a_key_only_what_tells_nothing_is_answered():
+    with running(api_keys=("first",)) as one:
+        paths = one.get("/openapi.json").json()["paths"]
+        told = {
+            path
+            for path, methods in paths.items()
+            for method in methods
+            if httpx.request(method, one.url + path, json={}).status_code != 401
+        }
+        assert told <= {"/health", "/ready"}
+        assert {"/metrics", "/stats", "/v1/models", "/v1/completions"} <= paths.keys()
+        second = {"Authorization": "Bearer firs"}
+        assert one.get("/metrics", headers=second).status_code == 401
+
+
 def test_a_rate_limit_fills_at_an_even_pace():
     now = [0.0]
     limit = RateLimit(60, clock=lambda: now[0])
@@ -562,6 +577,11 @@ def test_a_rate_limit_fills_at_an_even_pace():
     limit.spend(1)
     now[0] = 1.0
     limit.spend(0)
+    with pytest.raises(ApiError):
+        limit.spend(0)
+    now[0] = 3600.0  # an hour of silence saves no more than a minute's
+    for _ in range(60):
+        limit.spend(0)
     with pytest.raises(ApiError):
         limit.spend(0)
 

@@ -16,6 +16,7 @@ from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig, count_par
 from jaxchat.plan import TrainingPlan
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
+from jaxchat.spikes import Limits
 from torch_ref import attention, device_sampling, loss, runtime, train_step, weights
 from torch_ref.torch_backend import TorchBackend
 
@@ -351,6 +352,23 @@ def test_the_loss_scale_grows_after_good_steps():
     assert scale.value == 8.0
     assert not scale.accepts(torch.tensor(float("inf")))
     assert scale.value == 4.0
+
+
+@pytest.mark.parametrize(
+    ("limits", "skipped"),
+    [(Limits(0.1, np.inf), 1), (Limits(np.inf, 1e-6), 1), (Limits(1e9, 1e9), 0)],
+)
+def test_a_step_above_its_limits_changes_nothing(limits, skipped):
+    backend = make_backend(MODERN)
+    backend.start_training(OptimizerConfig(), PLAN)
+    before = backend.get_params() | backend.get_optimizer_state()
+    metrics = backend.train_step(
+        *random_batch(), schedule_at(0, ScheduleConfig(), PLAN), limits=limits
+    )
+    after = backend.get_params() | backend.get_optimizer_state()
+    assert float(metrics["skipped"]) == skipped
+    same = all(np.array_equal(after[name], value) for name, value in before.items())
+    assert same == bool(skipped)
 
 
 def test_weights_without_targets_get_no_gradient():
