@@ -1,0 +1,31 @@
+"""What pretraining reads, and when."""
+
+from jaxchat.config import GPTConfig
+from jaxchat.dataset import Corpus
+from jaxchat.jax_backend import JaxBackend
+from jaxchat.tokenizer import Tokenizer
+from scripts import base_train
+
+
+class HeldOut(Corpus):
+    """Texts of the validation split; nobody may ask for another."""
+
+    def groups(self, split):
+        assert split == "val"
+        return [(0, 0, 40)]
+
+    def read_group(self, split, shard, group):
+        assert split == "val"
+        return [f"text {i}" for i in range(40)]
+
+
+def test_validation_reads_the_held_out_split():
+    tokenizer = Tokenizer([bytes([b]) for b in range(256)])
+    config = GPTConfig.from_depth(
+        1, aspect_ratio=32, head_dim=32, vocab_size=tokenizer.vocab_size, sequence_len=16
+    )
+    backend = JaxBackend(config)
+    backend.init(0)
+    options = base_train.Config(sequence_len=16, eval_tokens=256)
+    bpb = base_train.validate(options, HeldOut("held out", "f"), tokenizer, backend, 1)
+    assert 7 < bpb < 9  # log2 of the vocabulary, for a byte a token
