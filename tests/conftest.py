@@ -24,6 +24,11 @@ jaxtyping.install_import_hook(
 
 import jax  # noqa: E402 - after the flags above
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# how long an example takes says how busy the machine is
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 # tests compile the same small programs again and again
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="jaxchat-tests-"))
