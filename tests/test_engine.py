@@ -480,3 +480,10 @@ def test_the_token_that_ends_a_reply_has_the_models_probability():
         scores = real_engine().score_prompt([*request.ids, reply.stop_id])
         assert reply.stop_logprob == pytest.approx(scores.logprobs[-1], abs=1e-4)
         assert reply.stop_logprob < 0
+
+
+def test_the_first_token_does_not_wait_for_a_dispatch():
+    engine = saying([65] * 20, tokens_per_dispatch=8)
+    engine.submit(Request(prompt(), GREEDY))
+    assert [event.token for event in engine.step()] == [65]
+    assert engine.backend.dispatches == []

@@ -55,6 +55,16 @@ def test_another_tokenizer_is_refused_by_name(tmp_path):
         check_tokenizer({"tokenizer": "other"}, tokenizer, tmp_path)
 
 
+def test_a_model_of_another_tokenizer_is_not_loaded(base_dir):
+    Tokenizer.train(iter(["some text and some more text"]), vocab_size=270).save(
+        base_dir / "tokenizer"
+    )
+    trained("d4", steps=(10,))
+    (base_dir / "base_checkpoints/d4/step_000010" / META).write_text('{"tokenizer": "other"}')
+    with pytest.raises(ValueError, match="was trained with tokenizer other"):
+        load_model("base", backend="torch")
+
+
 def test_a_step_that_is_not_there_lists_those_that_are(base_dir):
     trained("d4")
     with pytest.raises(FileNotFoundError, match="steps there: 10, 20, 30"):

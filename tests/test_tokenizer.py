@@ -235,6 +235,14 @@ def test_a_small_corpus_gives_the_vocabulary_it_can():
     assert tokenizer.bos_id == 260
 
 
+def test_tokens_of_several_bytes_count_them_all():
+    tokenizer = Tokenizer.train(iter(["東京タワー é ü’s “ok” 👩"] * 50), vocab_size=320)
+    ordinary = tokenizer.vocab_size - len(SPECIAL_NAMES)
+    tokens = [tokenizer.decode_bytes([i]) for i in range(ordinary)]
+    assert tokenizer.token_bytes[:ordinary].tolist() == [len(token) for token in tokens]
+    assert max(map(len, tokens)) > 3
+
+
 def test_text_is_split_as_gpt4s_but_for_numbers():
     assert SPLIT_PATTERN == (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"

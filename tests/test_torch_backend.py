@@ -354,6 +354,13 @@ def test_the_loss_scale_grows_after_good_steps():
     assert scale.value == 4.0
 
 
+def test_an_overflow_starts_the_count_of_good_steps_anew():
+    scale = train_step.LossScale(4.0, growth_steps=3)
+    for norm in (1.0, 1.0, float("inf"), 1.0, 1.0):
+        scale.accepts(torch.tensor(norm))
+    assert scale.value == 2.0
+
+
 @pytest.mark.parametrize(
     ("limits", "skipped"),
     [(Limits(0.1, np.inf), 1), (Limits(np.inf, 1e-6), 1), (Limits(1e9, 1e9), 0)],
