@@ -30,8 +30,9 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
-# tests compile the same small programs again and again
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="jaxchat-tests-"))
+# tests compile the same small programs again and again; removed when the interpreter ends
+COMPILED = tempfile.TemporaryDirectory(prefix="jaxchat-tests-", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -79,6 +79,18 @@ def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
         run(backend, "--temperature", "0.5")
 
 
+def test_rates_fall_towards_nothing_and_held_out_questions_judge(backend, monkeypatch):
+    judged, measure = [], chat_rl.pass_at_k
+    monkeypatch.setattr(
+        chat_rl,
+        "pass_at_k",
+        lambda task, *rest, **options: judged.append(task) or measure(task, *rest, **options),
+    )
+    rates = metrics(run(backend), "train/lr_multiplier")
+    assert list(rates.values()) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert {task.fingerprint for task in judged} == {Lucky("test", 20).fingerprint}
+
+
 def test_a_run_that_starts_over_is_what_is_loaded_later(backend):
     run(backend, "--num-iterations", "2")
     store = run(backend, "--num-iterations", "1", "--resume", "never")

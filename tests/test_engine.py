@@ -455,6 +455,28 @@ def test_nothing_compiles_after_the_first_request():
     assert [program._cache_size() for program in programs] == before
 
 
+def test_penalties_still_count_after_a_call_of_the_calculator():
+    """There the host samples, not the device."""
+    (a, b) = (tokenizer().encode(letter)[0] for letter in "ab")
+    call = ["<python_start>", "1+1", "<python_end>", "<output_start>", "2", "<output_end>"]
+    text = [*prompt(), a, *script(*call), a]
+
+    class Undecided(ScriptedBackend):
+        """Would rather say what is in the script than `b`, by less than the penalty."""
+
+        def _logits(self, held):
+            logits = np.zeros(self.config.vocab_size, np.float32)
+            logits[[self.next_token(held), b]] = 2.0, 1.0
+            return logits
+
+    config = GPTConfig(sequence_len=512, vocab_size=tokenizer().vocab_size)
+    backend = Undecided(config, lambda held: text[len(held)])
+    engine = Engine(backend, tokenizer(), tokens_per_dispatch=4)
+    params = replace(GREEDY, presence_penalty=1.5, max_tokens=len(text) - len(prompt()))
+    (reply,) = engine.complete([Request(prompt(), params)])
+    assert (reply.ids[0], reply.ids[-1]) == (a, b)
+
+
 def test_a_new_prompt_takes_the_row_that_was_used_longest_ago():
     """So what was said last is what a conversation finds again."""
     backend = ScriptedBackend(

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from jaxchat import finetune as stage_module
 from jaxchat import loss
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
+from jaxchat.chat_packing import rows_per_epoch
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
@@ -164,6 +166,21 @@ def test_a_warm_start_takes_over_the_optimizer(backend):
         state = backend_class(backend).read(store.path(STEPS), optimizer=True).optimizer
         counts[warm] = {int(v) for key, v in state.items() if key.startswith("adam.count")}
     assert counts == {True: {BASE_STEPS + STEPS}, False: {STEPS}}
+
+
+def test_a_pass_is_its_rows_and_the_held_out_examples_are_validation(backend, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        stage_module,
+        "ChatLoader",
+        lambda task, *rest, **options: read.append(task) or ChatLoader(task, *rest, **options),
+    )
+    store = teach(backend, num_iterations=None, epochs=0.5, eval_every=99)
+    mixture = TaskMixture([Arithmetic("train", 60), CustomJSON(IDENTITY)], name="a mixture")
+    rows = rows_per_epoch(mixture, TOKENIZER, sequence_len=LENGTH)
+    assert store.steps()[-1] == round(0.5 * rows / ROWS) > 2
+    assert read[0].name == "a mixture"
+    assert {task.fingerprint for task in read[1:]} == {Arithmetic("test", 20).fingerprint}
 
 
 def test_a_stage_that_starts_over_is_what_the_next_one_loads(backend):

@@ -10,6 +10,7 @@ from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
+from jaxchat.spikes import Limits
 from tests.models import MODERN, PRESETS, make_perturbed
 
 CONFIG = replace(MODERN, n_layer=2)
@@ -54,6 +55,24 @@ def test_a_step_compiles_once_even_after_loading(tmp_path):
     backend.load(tmp_path / "step")
     train(backend, range(2, 4))
     assert backend._train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "skipped"),
+    [(Limits(0.1, np.inf), 1), (Limits(np.inf, 1e-6), 1), (Limits(1e9, 1e9), 0)],
+)
+def test_a_step_above_its_limits_changes_nothing(limits, skipped):
+    backend = start()
+    held = backend.get_params() | backend.get_optimizer_state()
+    before = {name: np.array(value) for name, value in held.items()}
+    ids = np.random.default_rng(0).integers(0, 300, (1, 8, 65)).astype(np.int32)
+    metrics = backend.train_step(
+        ids[..., :-1], ids[..., 1:], schedule_at(0, ScheduleConfig(), PLAN), limits=limits
+    )
+    after = backend.get_params() | backend.get_optimizer_state()
+    assert float(metrics["skipped"]) == skipped
+    same = all(np.array_equal(after[name], value) for name, value in before.items())
+    assert same == bool(skipped)
 
 
 def test_optimizer_state_is_divided_over_the_devices():

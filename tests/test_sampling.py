@@ -104,6 +104,14 @@ def test_greedy_takes_the_lowest_of_equal_ids():
     assert sampling.sample(logits[0], greedy, np.float32(0.99)) == 17
 
 
+def test_of_alternatives_that_tie_the_lowest_id_comes_first():
+    logits = np.zeros(VOCAB, np.float32)
+    logits[[7, 250, 40]] = 2.0, 2.0, 3.0
+    found = sampling.alternatives(logits, 5)
+    assert [token for token, _ in found] == [40, 7, 250, 0, 1]
+    assert found[1][1] == found[2][1] == sampling.logprob(logits, 7)
+
+
 @pytest.mark.parametrize(
     "params", [SamplingParams(top_k=2), SamplingParams(top_p=0.34), SamplingParams(min_p=1.0)]
 )

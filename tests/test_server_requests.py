@@ -117,6 +117,37 @@ def test_the_token_that_ends_a_reply_is_counted(path, asked):
     assert answer["usage"]["completion_tokens"] == 3
 
 
+def test_offsets_of_a_reply_begin_behind_the_echo(server):
+    asked = {"prompt": "señor, hello", "echo": True, "logprobs": 0, "max_tokens": 4}
+    (choice,) = server.post(COMPLETIONS, {**asked, "temperature": 0}).json()["choices"]
+    logprobs, ids = choice["logprobs"], tokenizer().encode("señor, hello")
+    reply = logprobs["text_offset"][1 + len(ids) :]  # bos stands at 0, where the text begins
+    assert logprobs["text_offset"][0] == 0
+    assert len(reply) == 4
+    assert reply[0] == len("señor, hello")
+    assert reply == sorted(reply)
+
+
+def test_log_probabilities_of_a_chat_are_those_of_its_text():
+    """Not of what the model wrote to its calculator, nor of what that said."""
+    (y,) = tokenizer().encode("y")
+    marks = ("python_start", "python_end", "output_start", "output_end", "assistant_end")
+    start, end, output, over, stop = (tokenizer().special_id(mark) for mark in marks)
+    call = [start, *tokenizer().encode("1+1"), end, output, *tokenizer().encode("2"), over]
+    text = [*PROMPT, y, *call, y, stop]
+    config = GPTConfig(sequence_len=CONTEXT, vocab_size=tokenizer().vocab_size)
+    engine = Engine(Scripted(config, lambda held: text[len(held)]), tokenizer(), slots=2)
+    with running([engine]) as scripted:
+        (choice,) = scripted.post(CHAT, {"messages": HELLO, "logprobs": True}).json()["choices"]
+    assert [part["type"] for part in choice["message"]["parts"]] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == ["y", "y"]
+
+
 class Scripted(ScriptedBackend):
     """Has nothing to warm up."""
 

@@ -111,9 +111,15 @@ def test_letters_compile_a_handful_of_shapes():
     assert backend._logits._cache_size() - before <= 3  # 64, 128, 256 tokens
 
 
-def test_a_prompt_longer_than_the_context_keeps_its_end(backend):
+def test_a_prompt_longer_than_the_context_keeps_its_bos_and_its_end(backend, monkeypatch):
+    asked, logits = [], backend.logits
+    monkeypatch.setattr(
+        backend, "logits", lambda ids, at: asked.extend(ids.tolist()) or logits(ids, at)
+    )
     result = evaluate(backend, OneLine())
     assert (result.problems, result.cropped) == (3, 3)
+    whole = render_for_completion(TOKENIZER, OneLine()[0])
+    assert asked[:3] == [[whole[0], *whole[-CONFIG.sequence_len + 1 :]]] * 3
 
 
 def test_a_limit_takes_a_fair_and_fixed_sample(backend):
