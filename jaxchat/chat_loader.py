@@ -59,6 +59,7 @@ class ChatLoader(Prefetcher[Batch]):
             check_identity(self._identity, state["identity"])
         owned = [s for s in range(NUM_STREAMS) if s % process_count == process_index]
         source = Source(conversations, tokenizer, sequence_len + 1, seed)
+        self._pass_size = max(len(conversations), NUM_STREAMS) * len(owned) / NUM_STREAMS
         saved = {} if state is None else state["streams"]
         self._streams = {s: Stream(source, s, saved.get(str(s))) for s in owned}
         self._gather, self._rows_per_batch = gather, rows_per_batch
@@ -69,6 +70,13 @@ class ChatLoader(Prefetcher[Batch]):
     def epoch(self) -> int:
         """Passes over the conversations begun, counted from 0, by the stream least far."""
         return min(stream["epoch"] for stream in self._own_state()["streams"].values())
+
+    @property
+    def passes(self) -> float:
+        """How often they have been handed out: conversations used over those there are."""
+        _, streams = self.position
+        used = (s.counts["conversations"] - len(s.waiting) for s in streams.values())
+        return sum(used) / self._pass_size
 
     @property
     def stats(self) -> PackingStats:

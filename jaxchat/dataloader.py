@@ -104,6 +104,7 @@ class PackedLoader(Prefetcher[Batch]):
             check_identity(self._identity, state["identity"])
         owned = [s for s in range(NUM_STREAMS) if s % process_count == process_index]
         reader = _Reader(corpus, split, tokenizer)
+        self._pass_size = max(reader.documents, NUM_STREAMS) * len(owned) / NUM_STREAMS
         saved = {} if state is None else state["streams"]
         self._streams = {s: _Stream(reader, s, seed, saved.get(str(s))) for s in owned}
         self._gather = gather
@@ -115,6 +116,12 @@ class PackedLoader(Prefetcher[Batch]):
     def epoch(self) -> int:
         """Passes over the split begun, counted from 0, by the stream that is least far."""
         return min(stream["epoch"] for stream in self._own_state()["streams"].values())
+
+    @property
+    def passes(self) -> float:
+        """How often the split has been handed out: documents in rows over those there are."""
+        _, streams = self.position
+        return sum(s.entered - len(s.buffer) for s in streams.values()) / self._pass_size
 
     @property
     def cropped_share(self) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxchat import sampling
 from jaxchat.backend import Backend, PromptScores
 from jaxchat.dispatch import alternatives, make_batch
+from jaxchat.progress import OnProgress, unheard
 from jaxchat.reply import Reply
 from jaxchat.request import Alternatives, Completion, Event, Request
 from jaxchat.sampling_params import SamplingParams
@@ -182,10 +183,13 @@ class Engine:
             self.cancel(number)
             self._events.clear()
 
-    def complete(self, requests: Iterable[Request]) -> list[Completion]:
+    def complete(
+        self, requests: Iterable[Request], on_progress: OnProgress = unheard
+    ) -> list[Completion]:
         """Every reply to any number of requests, in their order, samples of one request in a row.
 
-        Drives the engine itself, so nothing else may be under way.
+        Drives the engine itself, so nothing else may be under way. `on_progress` hears the share of
+        replies that are whole.
         """
         requests = list(requests)
         numbers = self._submit_alone(requests)
@@ -194,9 +198,12 @@ class Engine:
             for number, request in zip(numbers, requests, strict=True)
             for row in range(request.row, request.row + request.n)
         }
+        whole = 0
         while self.busy:
             for event in self.step():
                 completions[event.request, event.row].add(event)
+                whole += event.finish_reason is not None
+            on_progress(whole / len(completions))
         return list(completions.values())
 
     def _submit_alone(self, requests: Sequence[Request]) -> list[int]:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
 from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
-from jaxchat.loss_eval import bits_per_byte
+from jaxchat.loss_eval import bits_per_byte, one_pass
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
+from jaxchat.progress import OnProgress
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out, greedy_replies
@@ -144,7 +144,7 @@ def _train(run: _Run) -> None:
         resume=options.resume,
         run=options.run,
         tensorboard=options.tensorboard,
-        evaluate=lambda: {"val/bpb": _validate(run, rows)},
+        evaluate=lambda on_progress: {"val/bpb": _validate(run, rows, on_progress)},
         sample=lambda: _sample(run),
     )
     _report(run, result)
@@ -248,10 +248,10 @@ def _train_loader(run: _Run, state: Mapping[str, Any] | None) -> ChatLoader:
     )
 
 
-def _validate(run: _Run, device_batch_size: int) -> float:
+def _validate(run: _Run, device_batch_size: int, on_progress: OnProgress) -> float:
     """Bits per byte of what the model should say, on the first `eval_tokens` of validation."""
     rows = device_batch_size * run.backend.devices.count
-    batches = max(1, run.options.eval_tokens // (rows * run.sequence_len))
+    batches = run.options.eval_tokens // (rows * run.sequence_len)
     with ChatLoader(
         run.lesson.val,
         run.tokenizer,
@@ -259,7 +259,8 @@ def _validate(run: _Run, device_batch_size: int) -> float:
         sequence_len=run.sequence_len,
         seed=run.options.seed,
     ) as loader:
-        return bits_per_byte(run.backend, islice(loader, batches), run.tokenizer.token_bytes)
+        taken = one_pass(loader, batches, on_progress)
+        return bits_per_byte(run.backend, taken, run.tokenizer.token_bytes)
 
 
 def _sample(run: _Run) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ class FinetuneOptions:
     eval_every: int = 150
     """Steps between evaluations on the validation conversations."""
     eval_tokens: int = 20 * 2**19
-    """Validation tokens per evaluation."""
+    """Validation tokens per evaluation, at most all there are."""
     sample_every: int | None = None
     """Steps between samples."""
     save_every: int | None = None

@@ -1,12 +1,13 @@
 """Bits per byte: how well a model compresses text, whatever its tokenizer."""
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from jaxchat.backend import Backend
+from jaxchat.progress import OnProgress
 
 
 class TokenRows(Protocol):
@@ -17,6 +18,32 @@ class TokenRows(Protocol):
 
     @property
     def targets(self) -> np.ndarray: ...
+
+
+BatchT = TypeVar("BatchT", bound=TokenRows, covariant=True)
+
+
+class HeldOut(Protocol, Generic[BatchT]):
+    """A loader that knows how often it has handed out all that it reads."""
+
+    @property
+    def passes(self) -> float: ...
+
+    def __next__(self) -> BatchT: ...
+
+
+def one_pass(loader: HeldOut[BatchT], batches: int, on_progress: OnProgress) -> Iterator[BatchT]:
+    """At least one batch and at most so many, but none once all there is has been handed out.
+
+    So a split of a few thousand tokens is not judged on millions of them. `on_progress` hears the
+    share that is done after each batch.
+    """
+    taken, done = 0, 0.0
+    while done < 1:
+        yield next(loader)
+        taken += 1
+        done = min(1.0, max(taken / max(1, batches), loader.passes))
+        on_progress(done)
 
 
 def bits_per_byte(backend: Backend, batches: Iterable[TokenRows], token_bytes: np.ndarray) -> float:

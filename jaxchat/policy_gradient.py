@@ -21,6 +21,7 @@ from jaxchat.backend import IGNORE, Backend
 from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.dataloader import Batch
 from jaxchat.engine import Engine
+from jaxchat.progress import OnProgress, unheard
 from jaxchat.request import Completion, Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.tasks.base import Task
@@ -168,13 +169,14 @@ def sample_groups(
     config: RolloutConfig,
     *,
     seeds: Sequence[int],
+    on_progress: OnProgress = unheard,
 ) -> list[list[Completion]]:
     """`config.samples` replies to each prompt, all of them in one queue of the engine."""
     requests = [
         Request(ids, config.params(seed), n=config.samples)
         for ids, seed in zip(prompts, seeds, strict=True)
     ]
-    replies, n = engine.complete(requests), config.samples
+    replies, n = engine.complete(requests, on_progress), config.samples
     return [replies[i * n : (i + 1) * n] for i in range(len(prompts))]
 
 
@@ -228,6 +230,7 @@ def pass_at_k(
     questions: int,
     ks: Sequence[int],
     seed: int = 0,
+    on_progress: OnProgress = unheard,
 ) -> dict[str, float]:
     """The chance that one of k replies is right, over the first `questions` of a task.
 
@@ -241,6 +244,7 @@ def pass_at_k(
         prompts_of(engine, asked, config),
         config,
         seeds=[(seed << 32) + i for i in range(len(asked))],
+        on_progress=on_progress,
     )
     n = config.samples
     right = [

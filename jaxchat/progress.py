@@ -1,8 +1,9 @@
 """What a person sees of a long training run: a live bar in a terminal, sparse lines in a log."""
 
 import time
-from collections.abc import Mapping
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Self, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -18,12 +19,28 @@ LOG_WIDTH = 140
 """Columns of a table when the output is not a terminal."""
 
 
+OnProgress: TypeAlias = Callable[[float], None]
+"""Hears which share of some work is done; what it raises ends the work."""
+
+
+def unheard(share: float) -> None:
+    """For work that nobody waits for."""
+
+
 def make_console() -> Console:
     """Where a script shows results: plain text as it is, silent on all but the first process."""
     console = Console(highlight=False, markup=False, quiet=not runtime.is_first_process())
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[OnProgress]:
+    """A bar for work that says how far it is."""
+    with Progress(console=make_console()) as progress:
+        bar = progress.add_task(description, total=1.0)
+        yield lambda share: progress.update(bar, completed=share)
 
 
 class TrainingProgress:
@@ -66,6 +83,10 @@ class TrainingProgress:
         if due and not self._console.is_terminal:
             line = [f"step {step}/{self.num_steps}", *shown, f"left {left}"]
             runtime.print0(" | ".join(line))
+
+    def doing(self, what: str) -> None:
+        """What keeps the next step waiting; a log is not told."""
+        self._bar.update(self._task, description=what)
 
     def say(self, message: str) -> None:
         """A line above the bar."""

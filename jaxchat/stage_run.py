@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore, fresh_start
 from jaxchat.engine import Engine
+from jaxchat.progress import OnProgress
 from jaxchat.request import Completion, Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import StepSchedule
@@ -61,7 +62,7 @@ def carry_out(
     resume: str,
     run: str | None,
     tensorboard: bool,
-    evaluate: Callable[[], Mapping[str, float]],
+    evaluate: Callable[[OnProgress], Mapping[str, float]],
     sample: Callable[[], Samples] | None = None,
     best_by: str | None = None,
 ) -> LoopResult:

@@ -8,7 +8,7 @@ judges the text. Left out: which tasks (tasks/mixtures.py), tables (task_report.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from jaxchat.backend import Backend
 from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
 from jaxchat.core_eval import bucket_length
 from jaxchat.engine import Engine
-from jaxchat.request import Completion, Request
+from jaxchat.progress import OnProgress, unheard
+from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def evaluate_chat(
     max_problems: int | None,
     batch_tokens: int,
     slots: int,
-    on_progress: Callable[[float], None] = lambda _: None,
+    on_progress: OnProgress = unheard,
 ) -> ChatResult:
     """A task on `max_problems` of its problems, drawn fairly (all of them when None).
 
@@ -116,7 +117,7 @@ def _choose(
     task: Task,
     problems: Sequence[Conversation],
     batch_tokens: int,
-    on_progress: Callable[[float], None],
+    on_progress: OnProgress,
 ) -> ChatResult:
     context = backend.config.sequence_len
     prompts, cropped = _prompts(tokenizer, problems, context)
@@ -166,13 +167,13 @@ def _generate(
     task: Task,
     problems: Sequence[Conversation],
     slots: int,
-    on_progress: Callable[[float], None],
+    on_progress: OnProgress,
 ) -> ChatResult:
     engine = Engine(backend, tokenizer, slots=slots)
     room = min(task.max_tokens, engine.max_length // 2)
     prompts, cropped = _prompts(tokenizer, problems, engine.max_length - room)
     params = SamplingParams(max_tokens=room, temperature=0.0)
-    replies = _complete(engine, [Request(ids, params) for ids in prompts], on_progress)
+    replies = engine.complete([Request(ids, params) for ids in prompts], on_progress)
     correct = sum(
         task.evaluate(problem, reply.text) for problem, reply in zip(problems, replies, strict=True)
     )
@@ -188,21 +189,6 @@ def _generate(
             any(part["type"] == "python_output" for part in reply.parts) for reply in replies
         ),
     )
-
-
-def _complete(
-    engine: Engine, requests: Sequence[Request], on_progress: Callable[[float], None]
-) -> list[Completion]:
-    """`Engine.complete`, telling how far it is."""
-    numbers = [engine.submit(request) for request in requests]
-    replies = {number: Completion(number, 0) for number in numbers}
-    done = 0
-    while engine.busy:
-        for event in engine.step():
-            replies[event.request].add(event)
-            done += event.finish_reason is not None
-        on_progress(done / len(requests))
-    return list(replies.values())
 
 
 def _prompts(

@@ -7,7 +7,7 @@ a run. Metrics are read one step late: the device never waits for the host to lo
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -67,32 +67,36 @@ def _run(
     train_seconds: float,
     guard_state: Mapping[str, Any] | None,
 ) -> LoopResult:
-    step = start_step
+    step = saved = start_step
     samples: Samples = ()
     runner = StepRunner(stage, config, SpikeGuard(config.spikes, guard_state), train_seconds)
     with (
         _signals() as asked_to_stop,
         TrainingProgress(config.num_iterations, start_step) as progress,
     ):
+
+        def asked() -> bool:
+            """Whether to stop; a run at its last step has finished, whoever asks."""
+            return step < config.num_iterations and stage.agree(bool(asked_to_stop))
+
         while True:
             last = step == config.num_iterations
-            stopping = stage.agree(bool(asked_to_stop))
-            if step > start_step and (stopping or _due(step, config.save_every, last)):
+            stopping = asked()
+            if step > saved and (stopping or _due(step, config.save_every, last)):
+                saved = _save(stage, step, runner, progress)
+            if not stopping and (step == 0 or _due(step, config.eval_every, last)):
                 runner.flush(progress)
-                _save(stage, step, runner)
-            if stopping and not last:
-                progress.say(
-                    f"stopped by {(asked_to_stop or ['another process'])[0]}; step {step} is saved"
-                )
+                stopping = not _evaluate(stage, step, runner, progress, asked)
+            if stopping:
+                if step > saved:
+                    _save(stage, step, runner, progress)
+                kept = f"step {step} is saved" if step else "no step was done"
+                progress.say(f"stopped by {(asked_to_stop or ['another process'])[0]}; {kept}")
                 stage.store.finish()
                 return _result(stage, step, runner, interrupted=True)
-            if _due(step, config.eval_every, last) or step == 0:
-                runner.flush(progress)
-                runner.validation = _evaluate(stage, step, progress)
-                if stage.best_by is not None:
-                    stage.store.note_validation(step, runner.validation[stage.best_by])
             if stage.sample is not None and step and _due(step, config.sample_every, last):
                 runner.flush(progress)
+                progress.doing("sampling")
                 samples = stage.sample()
                 progress.say("\n".join(f"  {prompt!r} -> {text!r}" for prompt, text in samples))
             if last:
@@ -106,7 +110,9 @@ def _due(step: int, every: int | None, last: bool) -> bool:
     return last or (every is not None and step > 0 and step % every == 0)
 
 
-def _save(stage: Stage, step: int, runner: StepRunner) -> None:
+def _save(stage: Stage, step: int, runner: StepRunner, progress: TrainingProgress) -> int:
+    """Returns the step that is saved now."""
+    runner.flush(progress)
     own = {
         "loader": stage.loader.state(),
         "train_seconds": runner.train_seconds,
@@ -114,6 +120,7 @@ def _save(stage: Stage, step: int, runner: StepRunner) -> None:
         "guard": runner.guard.state(),
     }
     stage.store.save(step, stage.backend, {**stage.meta, **own})
+    return step
 
 
 def _result(
@@ -122,14 +129,37 @@ def _result(
     return LoopResult(step, runner.train_seconds, stage.wall_seconds(), interrupted, samples)
 
 
-def _evaluate(stage: Stage, step: int, progress: TrainingProgress) -> Mapping[str, float]:
+class _AskedToStop(Exception):
+    """Ends an evaluation that would keep whoever asks waiting."""
+
+
+def _evaluate(
+    stage: Stage,
+    step: int,
+    runner: StepRunner,
+    progress: TrainingProgress,
+    asked: Callable[[], bool],
+) -> bool:
+    """Whether it came to its end, or was broken off because somebody had `asked`."""
+
+    def on_progress(share: float) -> None:
+        progress.doing(f"validating {share:.0%}")
+        if asked():
+            raise _AskedToStop
+
     started = time.monotonic()
-    figures = stage.evaluate()
+    try:
+        figures = stage.evaluate(on_progress)
+    except _AskedToStop:
+        return False
     stage.tracker.log(step, figures)
+    runner.validation = figures
+    if stage.best_by is not None:
+        stage.store.note_validation(step, figures[stage.best_by])
     shown = " | ".join(f"{name} {value:.4f}" for name, value in figures.items())
     took = format_duration(time.monotonic() - started)
     progress.say(f"step {step}/{progress.num_steps} | {shown} ({took})")
-    return figures
+    return True
 
 
 @contextmanager

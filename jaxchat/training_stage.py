@@ -8,6 +8,7 @@ from jaxchat.backend import Backend
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.dataloader import Batch
 from jaxchat.plan import check_positive, flag
+from jaxchat.progress import OnProgress
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import SpikeRule
 from jaxchat.tracker import Tracker
@@ -92,8 +93,11 @@ class Stage:
     tracker: Tracker
     meta: Mapping[str, Any]
     """What goes into every checkpoint beside the loop's own state."""
-    evaluate: Callable[[], Mapping[str, float]]
-    """Validation figures of the present weights, e.g. `{"val/bpb": ...}`."""
+    evaluate: Callable[[OnProgress], Mapping[str, float]]
+    """Validation figures of the present weights, e.g. `{"val/bpb": ...}`.
+
+    Of several processes all must say equally often how far they are, as any may be asked to stop.
+    """
     sample: Callable[[], Samples] | None = None
     """A few continuations by the present weights."""
     agree: Callable[[bool], bool] = bool

@@ -8,16 +8,14 @@ import time
 from dataclasses import dataclass
 from typing import Annotated
 
-from rich.progress import track
-
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
-from jaxchat.loss_eval import bits_per_byte
-from jaxchat.progress import make_console
+from jaxchat.loss_eval import bits_per_byte, one_pass
+from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
@@ -49,7 +47,7 @@ class Config:
     corpus: str | None = None
     """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
     split_tokens: int = 20 * 2**19
-    """Tokens of each split to score."""
+    """Tokens of each split to score, at most all it has."""
     device_batch_size: int = 16
     """Rows per device and batch."""
     max_tokens: int = 64
@@ -91,12 +89,14 @@ def score(config: Config, model: LoadedModel, corpus: Corpus, split: str) -> flo
     """Bits per byte of the first `split_tokens` of a split, packed as in training."""
     length = model.backend.config.sequence_len
     rows = config.device_batch_size * model.backend.devices.count
-    batches = max(1, config.split_tokens // (rows * length))
-    with PackedLoader(
-        corpus, model.tokenizer, split=split, rows_per_batch=rows, sequence_len=length
-    ) as loader:
-        bar = track(range(batches), description=f"scoring {split}", console=make_console())
-        taken = (next(loader) for _ in bar)
+    batches = config.split_tokens // (rows * length)
+    with (
+        PackedLoader(
+            corpus, model.tokenizer, split=split, rows_per_batch=rows, sequence_len=length
+        ) as loader,
+        progress_bar(f"scoring {split}") as on_progress,
+    ):
+        taken = one_pass(loader, batches, on_progress)
         return bits_per_byte(model.backend, taken, model.tokenizer.token_bytes)
 
 

@@ -29,10 +29,11 @@ from jaxchat.config import (
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.loss_eval import bits_per_byte
+from jaxchat.loss_eval import bits_per_byte, one_pass
 from jaxchat.memory import savings_of
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan, micro_batches, plan_training
+from jaxchat.progress import OnProgress
 from jaxchat.report import Report
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
@@ -108,7 +109,7 @@ class Config:
     eval_every: int = 250
     """Steps between evaluations on the validation split."""
     eval_tokens: int = 80 * 2**19
-    """Validation tokens per evaluation."""
+    """Validation tokens per evaluation, at most all there are."""
     sample_every: int | None = 2000
     """Steps between samples."""
     save_every: int | None = None
@@ -194,7 +195,9 @@ def train(config: Config, store: CheckpointStore) -> None:
         resume=config.resume,
         run=config.run,
         tensorboard=config.tensorboard,
-        evaluate=lambda: {"val/bpb": validate(config, corpus, tokenizer, backend, rows)},
+        evaluate=lambda on_progress: {
+            "val/bpb": validate(config, corpus, tokenizer, backend, rows, on_progress)
+        },
         sample=lambda: sample(backend, tokenizer),
         best_by="val/bpb",
     )
@@ -308,11 +311,16 @@ def train_loader(
 
 
 def validate(
-    config: Config, corpus: Corpus, tokenizer: Tokenizer, backend: Backend, device_rows: int
+    config: Config,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    backend: Backend,
+    device_rows: int,
+    on_progress: OnProgress,
 ) -> float:
     """Bits per byte of the present weights on the first `eval_tokens` of the validation split."""
     rows = device_rows * backend.devices.count
-    batches = max(1, config.eval_tokens // (rows * config.sequence_len))
+    batches = config.eval_tokens // (rows * config.sequence_len)
     with PackedLoader(
         corpus,
         tokenizer,
@@ -320,7 +328,7 @@ def validate(
         rows_per_batch=rows,
         sequence_len=config.sequence_len,
     ) as loader:
-        taken = (next(loader) for _ in range(batches))
+        taken = one_pass(loader, batches, on_progress)
         return bits_per_byte(backend, taken, tokenizer.token_bytes)
 
 

@@ -121,7 +121,7 @@ def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[
     """Every task in turn, with a bar for each."""
     slots = config.slots or (8 if model.backend.devices.platform == "cpu" else 64)
     results = []
-    with Progress() as progress:
+    with Progress(console=make_console()) as progress:
         for task in tasks:
             bar = progress.add_task(task.name, total=1.0)
             result = evaluate_chat(

@@ -24,6 +24,7 @@ from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
+from jaxchat.progress import OnProgress, unheard
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
@@ -159,7 +160,7 @@ def train(
         resume=config.resume,
         run=config.run,
         tensorboard=config.tensorboard,
-        evaluate=lambda: measure(config, model, judged),
+        evaluate=partial(measure, config, model, judged),
     )
     if runtime.is_first_process():
         report(config, model, task, store, result)
@@ -231,8 +232,14 @@ def train_loader(
     )
 
 
-def measure(config: Config, model: LoadedModel, judged: Task) -> Mapping[str, float]:
-    """pass@k on held-out questions."""
+def measure(
+    config: Config, model: LoadedModel, judged: Task, on_progress: OnProgress
+) -> Mapping[str, float]:
+    """pass@k on held-out questions.
+
+    Several processes may need different numbers of steps for their replies: they tell nothing.
+    """
+    alone = model.backend.devices.processes == 1
     found = pass_at_k(
         judged,
         model.backend,
@@ -240,6 +247,7 @@ def measure(config: Config, model: LoadedModel, judged: Task) -> Mapping[str, fl
         replace(config.rollouts(), samples=config.eval_samples),
         questions=config.eval_questions,
         ks=PASS_AT,
+        on_progress=on_progress if alone else unheard,
     )
     return {f"val/{name}": value for name, value in found.items()}
 

@@ -1,5 +1,7 @@
 """What pretraining reads, and when."""
 
+import pytest
+
 from jaxchat.config import GPTConfig
 from jaxchat.dataset import Corpus
 from jaxchat.jax_backend import JaxBackend
@@ -19,13 +21,17 @@ class HeldOut(Corpus):
         return [f"text {i}" for i in range(40)]
 
 
-def test_validation_reads_the_held_out_split():
+@pytest.mark.parametrize(("asked", "batches"), [({"eval_tokens": 128}, 1), ({}, 2)])
+def test_validation_reads_the_held_out_split_once_at_most(asked, batches):
     tokenizer = Tokenizer([bytes([b]) for b in range(256)])
     config = GPTConfig.from_depth(
         1, aspect_ratio=32, head_dim=32, vocab_size=tokenizer.vocab_size, sequence_len=16
     )
     backend = JaxBackend(config)
     backend.init(0)
-    options = base_train.Config(sequence_len=16, eval_tokens=256)
-    bpb = base_train.validate(options, HeldOut("held out", "f"), tokenizer, backend, 1)
+    options, heard = base_train.Config(sequence_len=16, **asked), []
+    corpus = HeldOut("held out", "f")
+    bpb = base_train.validate(options, corpus, tokenizer, backend, 1, heard.append)
     assert 7 < bpb < 9  # log2 of the vocabulary, for a byte a token
+    assert len(heard) == batches  # 8 rows, one for each of the forced devices, take 24 of 40 texts
+    assert heard[-1] == 1.0

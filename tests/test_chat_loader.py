@@ -214,6 +214,20 @@ def test_what_teaches_nothing_is_dropped_and_counted(capsys):
     assert rows_per_epoch(task, TOKENIZER, sequence_len=100) == pytest.approx(expected)
 
 
+def test_passes_count_what_is_in_rows_or_dropped():
+    unanswered = {"messages": [{"role": "user", "content": "hello?"}]}
+    task = Given([exchange(f"{i}", "r" * (i % 50)) if i % 4 else unanswered for i in range(400)])
+    with loader_of(task) as loader:
+        used = 0
+        while loader.passes < 1:
+            used += len(contents([next(loader)]))
+            state = loader.state()
+            waiting = sum(len(stream["waiting"]) for stream in state["streams"].values())
+            assert loader.passes == (loader.stats.conversations - waiting) / 400
+            assert loader.passes == (used + loader.stats.dropped) / 400
+    assert 200 < used <= 400
+
+
 def test_statistics_count_what_is_in_the_batches():
     task = conversations_of([(10, 20), (30, 5), (200, 1), (60, 60), (1, 1)] * 30)
     loader = loader_of(task)

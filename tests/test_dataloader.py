@@ -220,6 +220,27 @@ def test_the_epoch_is_that_of_the_slowest_stream_and_cropping_is_counted():
     assert cropped
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_passes_count_the_documents_in_rows(processes):
+    """Not those in the buffers: of a small split they hold all, several times."""
+    for index in range(processes):
+        loader = loader_of(corpus_of(), process_index=index, process_count=processes)
+        with loader:
+            used = 0
+            while loader.passes < 1:
+                batch = next(loader)
+                rows = np.concatenate([batch.inputs, batch.targets[:, -1:]], axis=1)
+                used += int((rows == ByteTokenizer.bos_id).sum())
+                assert loader.passes == used / (300 / processes)
+        assert used < 300 / processes + 8 * 50
+
+
+def test_of_fewer_documents_than_streams_every_stream_reads_one():
+    with loader_of(corpus_of(documents=3, groups=1)) as loader:
+        next(loader)
+        assert loader.passes >= 1
+
+
 def test_the_fullest_fit_wins():
     """Of documents of 3, 10 and 30 tokens, a row of 34 takes the 30, the 3, then crops."""
     group = ["a" * 29, "b" * 9, "c" * 2]

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.backend import Scores
 from jaxchat.dataloader import Batch
-from jaxchat.loss_eval import bits_per_byte
+from jaxchat.loss_eval import bits_per_byte, one_pass
 
 TOKEN_BYTES = np.array([1, 2, 3, 0], np.int32)  # the last is a special token
 NLL = np.array([[0.5, 1.0, 1.5, 2.0]], np.float32)
@@ -33,6 +33,38 @@ def test_nats_become_bits_and_tokens_become_bytes():
 def test_specials_and_ignored_targets_count_in_neither_sum():
     value = bits_per_byte(Scorer(), [batch(0, 3, -1, 1)], TOKEN_BYTES)
     assert value == pytest.approx(2.5 / (math.log(2) * 3))
+
+
+class Split:
+    """A loader that has handed out all there is after so many batches."""
+
+    def __init__(self, batches):
+        self.batches, self.taken = batches, 0
+
+    @property
+    def passes(self):
+        return self.taken / self.batches
+
+    def __next__(self):
+        self.taken += 1
+        return self.taken
+
+
+@pytest.mark.parametrize(
+    ("batches", "asked", "shares"),
+    [
+        (8, 4, [0.25, 0.5, 0.75, 1.0]),
+        (4, 8, [0.25, 0.5, 0.75, 1.0]),
+        (0.1, 8, [1.0]),
+        (8, 0, [1.0]),
+    ],
+)
+def test_no_more_is_read_than_was_asked_for_or_there_is(batches, asked, shares):
+    """A folder of 3 MB was once judged on 42 million tokens of its twentieth part."""
+    heard = []
+    taken = list(one_pass(Split(batches), asked, heard.append))
+    assert taken == list(range(1, len(shares) + 1))
+    assert heard == shares
 
 
 def test_nothing_to_count_is_an_error():

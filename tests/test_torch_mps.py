@@ -120,7 +120,7 @@ def test_the_loop_reads_the_figures_of_a_step(tmp_path, monkeypatch):
             store=CheckpointStore(tmp_path),
             tracker=tracker,
             meta={},
-            evaluate=lambda: {"val/bpb": 1.0},
+            evaluate=lambda _: {"val/bpb": 1.0},
         )
         run_loop(stage, LoopConfig(num_iterations=3, micro_batches=2, flops_per_token=1.0))
     losses = [row["train/loss"] for row in read_metrics(tmp_path / METRICS) if "train/loss" in row]

@@ -41,7 +41,7 @@ class Diary:
     epoch = 0
 
     def __init__(self):
-        self.entries, self.weights, self.on_step = [], [], None
+        self.entries, self.weights, self.on_step, self.on_share = [], [], None, None
         self.losses, self.handed_out = {}, 0
         self.saved, self.limits, self.schedules, self.validated = [], [], [], []
         self.reads = []
@@ -94,8 +94,12 @@ def diary(tmp_path):
     diary.directory = tmp_path
 
     def run(*, start=None, stage=None, **config):
-        def evaluate():
+        def evaluate(on_progress):
             diary.entries.append("evaluate")
+            for share in (0.5, 1.0):
+                if diary.on_share is not None:
+                    diary.on_share(share)
+                on_progress(share)
             return {"val/bpb": 1.5}
 
         def sample():
@@ -257,6 +261,39 @@ def test_a_run_that_is_asked_to_stop_at_its_end_has_finished(diary):
     result, _ = diary.run(num_iterations=3)
     assert (result.step, result.interrupted) == (3, False)
     assert diary.entries[-3:] == ["evaluate", "sample", "finish"]
+
+
+@pytest.mark.parametrize("save_every", [2, 3])
+def test_an_evaluation_does_not_keep_a_signal_waiting(diary, save_every, capsys):
+    """One of a large split takes longer than a job has between its warning and its end."""
+
+    def interrupt(share):
+        if share == 0.5 and diary.handed_out == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    diary.on_share = interrupt
+    result, rows = diary.run(num_iterations=9, eval_every=2, save_every=save_every)
+    assert (result.step, result.interrupted) == (2, True)
+    saved = "save 2 after 2"
+    both = [saved, "evaluate"] if save_every == 2 else ["evaluate", saved]
+    assert diary.entries == ["evaluate", "train", "train", *both, "finish"]
+    assert [row["step"] for row in rows if "val/bpb" in row] == [0]
+    assert "step 2 is saved" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(diary, capsys):
+    diary.on_share = lambda share: os.kill(os.getpid(), signal.SIGTERM)
+    result, _ = diary.run(num_iterations=9)
+    assert (result.step, result.interrupted) == (0, True)
+    assert diary.entries == ["evaluate", "finish"]
+    assert "stopped by SIGTERM; no step was done" in capsys.readouterr().out
+
+
+def test_the_last_evaluation_is_finished_whoever_asks(diary):
+    diary.on_share = lambda _: diary.handed_out == 3 and os.kill(os.getpid(), signal.SIGTERM)
+    result, rows = diary.run(num_iterations=3)
+    assert (result.step, result.interrupted) == (3, False)
+    assert rows[-1] == {**rows[-1], "step": 3, "val/bpb": 1.5}
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(diary):
