@@ -202,7 +202,20 @@ mod tests {
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let alone = encoder.encode_batch(&texts, 1).unwrap();
         assert_eq!(encoder.encode_batch(&texts, 4).unwrap(), alone);
+        let each: Vec<_> = texts.iter().map(|text| encoder.encode(text).unwrap()).collect();
+        assert_eq!(alone, each);
         assert!(encoder.encode_batch(&[], 4).unwrap().is_empty());
+    }
+
+    #[test]
+    fn shares_hold_every_text_once_and_are_worth_a_thread() {
+        let text = "x".repeat(SHARE / 3);
+        for count in 0..9 {
+            let found = shares(&vec![text.as_str(); count]);
+            let texts: Vec<usize> = found.iter().cloned().flatten().collect();
+            assert!(texts.into_iter().eq(0..count));
+            assert!(found.iter().rev().skip(1).all(|share| share.len() == 3));
+        }
     }
 
     #[test]

@@ -133,4 +133,15 @@ mod tests {
         let (bytes, length) = unpack(pack(text, 4, 19));
         assert_eq!(&bytes[..length], b"the quick brown");
     }
+
+    #[test]
+    fn short_keys_do_as_well() {
+        let text = b"a\0b the quick";
+        assert_ne!(pack_short(text, 0, 1), pack_short(text, 0, 2));
+        assert_eq!(pack_short(text, 3, 7), pack_short(b" the", 0, 4));
+        for end in 1..=INLINE_SHORT {
+            let key = pack_short(text, 0, end).to_le_bytes();
+            assert_eq!((&key[..end], usize::from(key[7])), (&text[..end], end));
+        }
+    }
 }

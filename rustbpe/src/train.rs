@@ -169,6 +169,26 @@ mod tests {
     }
 
     #[test]
+    fn merges_of_a_corpus_for_many_threads_are_those_of_brute_force() {
+        let mut state = 7_u64;
+        let mut random = move |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        let mut distinct: std::collections::BTreeMap<Vec<u8>, u64> = Default::default();
+        for _ in 0..20_000 {
+            let piece = (0..2 + random(20)).map(|_| b'a' + random(26) as u8).collect();
+            *distinct.entry(piece).or_default() += 1 + random(9);
+        }
+        let pieces: Vec<(&[u8], u64)> = distinct.iter().map(|(p, c)| (p.as_slice(), *c)).collect();
+        let expected = brute_force(&pieces, 266);
+        for threads in [1, 2, 3, 8] {
+            let found = train(counts(&pieces), 266, threads, &Watch::default()).unwrap();
+            assert_eq!(found, expected, "{threads} threads");
+        }
+    }
+
+    #[test]
     fn training_stops_when_told_to() {
         let watch = Watch { stop: true.into(), ..Watch::default() };
         let result = train(counts(&[(b"ab", 1), (b"abc", 2)]), 300, 1, &watch);
