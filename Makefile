@@ -45,7 +45,7 @@ processes: setup
 clients:
 	bash -c 'set -e; . scripts/setup.sh --group lm-eval'
 	$(BIN)/python -c "import lm_eval"
-	$(BIN)/pytest tests/test_server_clients.py -k lm_eval -rs
+	$(BIN)/pytest tests/server/test_clients.py -k lm_eval -rs
 
 # Every test, lm-eval's too.
 slow:

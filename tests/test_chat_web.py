@@ -13,8 +13,8 @@ from jaxchat.checkpoint import CheckpointStore
 from jaxchat.server.settings import LOOPBACK, ServerSettings
 from jaxchat.stages import stage_directory
 from scripts import chat_web
+from tests.server.asking import GREEDY, HELLO, LONG, chat, error_of, wait_for
 from tests.servers import Process, backend, running, tokenizer, torch_backend
-from tests.test_server import GREEDY, HELLO, LONG, chat, error_of, wait_for
 
 
 def settings(**options):

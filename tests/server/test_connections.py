@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from jaxchat.server import connection, gate
+from tests.server.asking import HELLO, LONG, chat, error_of, wait_for
 from tests.servers import Process, make_engine, running
-from tests.test_server import HELLO, LONG, chat, error_of, wait_for
 
 HALF_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: "
 HALF_BODY = (

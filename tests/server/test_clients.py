@@ -20,8 +20,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.server.asking import GREEDY, HELLO, LONG, chat, complete, in_slots, wait_for
 from tests.servers import MODEL, SLOTS, running, tokenizer
-from tests.test_server import GREEDY, HELLO, LONG, chat, complete, in_slots, wait_for
 
 
 @pytest.fixture(scope="module")

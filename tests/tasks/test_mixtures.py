@@ -1,0 +1,132 @@
+"""What the stages learn from and are judged by."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from jaxchat.conversation import check_conversation
+from jaxchat.tasks import mixtures
+from jaxchat.tasks.base import TaskSequence
+from jaxchat.tasks.customjson import IDENTITY, CustomJSON
+from jaxchat.tasks.hub import HUB_SETS
+from tests.tasks.examples import GOOD, arc_row, shown, write_split
+
+
+def test_offline_mixtures_need_no_network(library):
+    assert mixtures.default_source() == "offline"
+    rng = random.Random(0)
+    for mixture in (
+        mixtures.mid_mixture("offline"),
+        mixtures.sft_mixture("offline"),
+        mixtures.validation_mixture("offline"),
+        *mixtures.rl_tasks("offline"),
+    ):
+        for index in rng.sample(range(len(mixture)), 50):
+            check_conversation(mixture[index])
+    for name in mixtures.eval_names("offline"):
+        task = mixtures.eval_task(name.lower())
+        assert task.name == name
+        assert task.kind in ("categorical", "generative")
+
+
+def taught(source):
+    return [
+        mixtures.mid_mixture(source),
+        mixtures.sft_mixture(source),
+        mixtures.rl_tasks(source)[0],
+    ]
+
+
+def judged(source):
+    names = [name for name in mixtures.eval_names(source) if name != "HumanEval"]
+    return [
+        mixtures.validation_mixture(source),
+        mixtures.rl_tasks(source)[1],
+        *map(mixtures.eval_task, names),
+    ]
+
+
+def texts_of(task):
+    return {json.dumps(example) for example in task}
+
+
+def test_nothing_that_is_judged_offline_has_been_taught(library):
+    lessons = set().union(*map(texts_of, taught("offline")))
+    for task in judged("offline"):
+        for index in range(0, len(task), max(1, len(task) // 200)):
+            assert json.dumps(task[index]) not in lessons, task.locate(index)
+
+
+@pytest.mark.parametrize("name", ["Arithmetic", "SpellingBee"])
+def test_finetuning_offline_asks_what_midtraining_has_not(library, name):
+    mid, sft = (
+        texts_of(part)
+        for mixture in (mixtures.mid_mixture("offline"), mixtures.sft_mixture("offline"))
+        for part in mixture.tasks
+        if part.name == name
+    )
+    assert len(sft - mid) > 0.8 * len(sft)
+
+
+def test_another_identity_takes_its_place(library, tmp_path):
+    path = tmp_path / "me.jsonl"
+    path.write_text(GOOD.replace('"a"', '"who?"').replace('"b"', '"I am Ada."'))
+    mixture = mixtures.sft_mixture("offline", identity=path)
+    said = Counter(shown(mixture))
+    assert said["who?"] == 400
+    assert said["Who are you?"] == 0
+    assert mixture.fingerprint != mixtures.sft_mixture("offline").fingerprint
+
+
+def test_the_hubs_mixtures_have_the_sizes_of_the_design(library):
+    """SmolTalk and MMLU stand in with few rows; every other number is the real one."""
+    trained = ("train", "auxiliary_train")
+
+    def talk(split):
+        turns = zip(("user", "assistant"), (f"<{split}>", "well"), strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    def question(split):
+        choices = ["a", "b", "c", "d"]
+        return {"question": f"<{split}>", "choices": choices, "answer": 1, "subject": "s"}
+
+    def problem(split):
+        return {"question": f"<{split}> 2+2?", "answer": "<<2+2=4>>4\n#### 4"}
+
+    def seen(side):
+        return [json.dumps(part[0]) for task in side("hub") for part in parts_of(task)]
+
+    def parts_of(task):
+        return task.tasks if isinstance(task, TaskSequence) else [task]
+
+    with pytest.raises(FileNotFoundError, match="the task sets arc-easy, arc-challenge, mmlu"):
+        mixtures.mid_mixture("hub")
+    with pytest.raises(ValueError, match="data 'net': choose one of hub, offline"):
+        mixtures.mid_mixture("net")
+    try:
+        for split in ("train", "test"):
+            write_split("smoltalk", split, [talk(split)] * 40)
+            write_split("gsm8k", split, [problem(split)] * 7)
+            for subset in ("arc-easy", "arc-challenge"):
+                write_split(subset, split, [arc_row(f"<{split}>", ["a", "b"], "B")] * 5)
+        for split in ("auxiliary_train", "test"):
+            write_split("mmlu", split, [question(split)] * 9)
+        assert mixtures.default_source() == "hub"
+        identity = len(CustomJSON(IDENTITY))
+        mid = mixtures.mid_mixture("hub")
+        assert abs(len(mid) - (40 + 9 + 7 + 2000 + 280_000)) < identity
+        assert not any(f"<{split}>" in text for split in ("test", "val") for text in seen(taught))
+        assert not any(f"<{split}>" in text for split in trained for text in seen(judged))
+        sft = mixtures.sft_mixture("hub")
+        assert abs(len(sft) - (5 + 5 + 7 + 40 + 1000 + 600)) < identity
+        assert {mixtures.eval_task(n).name for n in mixtures.eval_names("hub")} == {
+            *mixtures.CHATCORE
+        }
+    finally:
+        for hub_set in HUB_SETS.values():
+            for path in hub_set.directory.glob("*.parquet"):
+                path.unlink()
+    with pytest.raises(ValueError, match="task 'GLUE': choose one of ARC-Easy"):
+        mixtures.eval_task("GLUE")
