@@ -229,7 +229,9 @@ mod tests {
         assert!(with(&[b"ab"]).is_none());
         assert!(with(&[b"abcd"]).is_some_and(|e| e.contains("token 256 is not the merge")));
         assert!(with(&[b"ab", b"ab"]).is_some_and(|e| e.contains("occurs again")));
-        let unordered = Encoder::from_tokens(Splitter::new("a").unwrap(), &bytes[1..]);
-        assert!(unordered.err().is_some_and(|e| e.contains("single bytes")));
+        for some in [&bytes[1..], &bytes[..255]] {
+            let missing = Encoder::from_tokens(Splitter::new("a").unwrap(), some);
+            assert!(missing.err().is_some_and(|e| e.contains("single bytes")));
+        }
     }
 }

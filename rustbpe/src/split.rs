@@ -126,4 +126,14 @@ mod tests {
         assert!(Splitter::new("").is_err());
         assert!(Splitter::new("(").is_err());
     }
+
+    #[test]
+    fn a_match_of_nothing_is_no_piece() {
+        let splitter = Splitter::new("b|a*").unwrap();
+        for (text, expected) in [("", vec![]), ("baab", vec!["b", "aa", "b"])] {
+            let mut pieces = Vec::new();
+            splitter.for_each(text, |start, end| pieces.push(&text[start..end])).unwrap();
+            assert_eq!(pieces, expected);
+        }
+    }
 }
