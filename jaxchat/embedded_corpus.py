@@ -16,14 +16,14 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxchat import runtime
 from jaxchat.artifacts import base_dir, lock
+from jaxchat.progress import progress_bar
 
 DISTRIBUTIONS = (
     "numpy",
@@ -57,17 +57,22 @@ def ensure_embedded_corpus() -> Path:
     """The folder of the corpus, harvested when there is none of these versions of the libraries.
 
     Each set of versions has a folder of its own: somebody may be training on another. Of several
-    processes one harvests and the others wait for it.
+    processes one harvests and the others wait for it. RuntimeError in a script that does everything
+    it does whenever it is imported.
     """
     versions = installed_versions()
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:8]
     directory = base_dir() / "data" / f"embedded-{digest}"
     if directory.exists():
         return directory
+    if getattr(current_process(), "_inheriting", False):  # it would wait for us, and we for it
+        raise RuntimeError(
+            "the embedded corpus is read by several processes, which import the script that asks "
+            'for it: put what it does below `if __name__ == "__main__":`'
+        )
     with lock(directory):
         if directory.exists():  # by the one that we waited for
             return directory
-        runtime.print0("reading the documentation of the installed libraries, once: some seconds")
         staging = directory.with_suffix(".tmp")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -119,10 +124,14 @@ def harvest() -> list[dict[str, str]]:
     files = sources()
     seen: dict[str, dict[str, str]] = {}
     # spawned, because a forked child of a process with threads (JAX has many) may hang
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for documents in pool.map(_read, files, chunksize=64):
+    with (
+        progress_bar("reading the documentation of the installed libraries, once") as on_progress,
+        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+    ):
+        for done, documents in enumerate(pool.map(_read, files, chunksize=64), start=1):
             for document in documents:
                 seen.setdefault(document["doc"], document)
+            on_progress(done / len(files))
     for document in _topics():
         seen.setdefault(document["doc"], document)
     return sorted(seen.values(), key=lambda d: _hash(d["name"] + d["doc"]))

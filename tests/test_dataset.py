@@ -1,6 +1,7 @@
 """Corpora: folders, hub shards and the embedded documentation, and what is said when one is bad."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -219,6 +220,21 @@ def test_two_processes_that_miss_the_corpus_harvest_it_once(base_dir):
     assert "".join(errors for _, errors in outcomes).count("harvesting") == 1, outcomes
     (folder,) = (base_dir / "data").glob("embedded-*")
     assert [output.split()[-1] for output, _ in outcomes] == [str(folder / "manifest.json")] * 2
+
+
+def test_a_script_without_a_guard_is_told_of_it(base_dir, tmp_path):
+    """The readers import it, asked for the corpus in turn, and waited for who waited for them."""
+    script = tmp_path / "script.py"
+    script.write_text("from jaxchat.dataset import open_corpus\nopen_corpus('embedded')\n")
+    run = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode
+    assert 'below `if __name__ == "__main__":`' in run.stderr
 
 
 def test_no_document_of_one_module_is_on_both_sides(base_dir, library):
