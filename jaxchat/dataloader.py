@@ -1,7 +1,8 @@
 """Documents to packed rows: best fit, no padding, and a state that resumes exactly.
 
 Every row starts with bos. It is filled with the largest document of a buffer that still fits;
-when none does, the shortest is cropped to fill it, and what is cut off is counted. Rows come from
+when none does, the shortest is cropped to fill it, and what is cut off is counted. A document that
+no row could hold is taken as several of a row each, every one behind a bos. Rows come from
 a fixed number of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so
 the order depends on seed, corpus and tokenizer alone, never on how many devices or processes read
 it. A process owns whole streams and reads only those.
@@ -56,11 +57,13 @@ class Batch(NamedTuple):
 
 
 class Address(NamedTuple):
-    """A document's place in its corpus."""
+    """A document's place in its corpus, or that of a part of it."""
 
     shard: int
     group: int
     row: int
+    start: int = 0
+    """Tokens of the document before the part."""
 
 
 class PackedLoader(Prefetcher[Batch]):
@@ -106,9 +109,9 @@ class PackedLoader(Prefetcher[Batch]):
         reader = _Reader(corpus, split, tokenizer)
         self._pass_size = max(reader.documents, NUM_STREAMS) * len(owned) / NUM_STREAMS
         saved = {} if state is None else state["streams"]
-        self._streams = {s: _Stream(reader, s, seed, saved.get(str(s))) for s in owned}
-        self._gather = gather
-        self._rows_per_batch, self._length = rows_per_batch, sequence_len
+        length = sequence_len + 1
+        self._streams = {s: _Stream(reader, s, seed, length, saved.get(str(s))) for s in owned}
+        self._gather, self._rows_per_batch = gather, rows_per_batch
         self._rows = 0 if state is None else state["rows"]
         self._start()
 
@@ -119,9 +122,10 @@ class PackedLoader(Prefetcher[Batch]):
 
     @property
     def passes(self) -> float:
-        """How often the split has been handed out: documents in rows over those there are."""
+        """How often the split has been handed out: documents begun in rows over those there are."""
         _, streams = self.position
-        return sum(s.entered - len(s.buffer) for s in streams.values()) / self._pass_size
+        used = (s.entered - sum(not a.start for *_, a in s.buffer) for s in streams.values())
+        return sum(used) / self._pass_size
 
     @property
     def cropped_share(self) -> float:
@@ -151,7 +155,7 @@ class PackedLoader(Prefetcher[Batch]):
     def _make(self) -> Batch:
         numbers = range(self._rows, self._rows + self._rows_per_batch)
         mine = [r % NUM_STREAMS for r in numbers if r % NUM_STREAMS in self._streams]
-        rows = np.stack([self._streams[s].next_row(self._length + 1) for s in mine])
+        rows = np.stack([self._streams[s].next_row() for s in mine])
         self._rows += self._rows_per_batch
         return Batch(rows[:, :-1].copy(), rows[:, 1:].copy())
 
@@ -234,23 +238,28 @@ class _Reader:
         return shuffled[(stream - self._offsets[shard, number]) % self._parts :: self._parts]
 
     def tokens(self, addresses: Sequence[Address]) -> list[np.ndarray]:
-        """bos and the tokens of each document, (n + 1,) int32."""
-        texts = [""] * len(addresses)
-        for i in sorted(range(len(addresses)), key=lambda i: addresses[i]):  # every group once
-            a = addresses[i]
-            texts[i] = self.texts(a.shard, a.group)[a.row]
-        bos = np.array([self.tokenizer.bos_id], np.int32)
-        encoded = self.tokenizer.encode_batch(texts)
-        return [np.concatenate([bos, ids.astype(np.int32)]) for ids in encoded]
+        """Of each address's document, (n,) int32."""
+        documents = sorted({address[:3] for address in addresses})  # every group once
+        texts = [self.texts(shard, group)[row] for shard, group, row in documents]
+        encoded = [ids.astype(np.int32) for ids in self.tokenizer.encode_batch(texts)]
+        found = dict(zip(documents, encoded, strict=True))
+        return [found[address[:3]] for address in addresses]
 
 
 class _Stream:
     """One logical stream: a cursor over its documents and the buffer that rows are packed from."""
 
     def __init__(
-        self, reader: _Reader, number: int, seed: int, place: Mapping[str, Any] | None
+        self,
+        reader: _Reader,
+        number: int,
+        seed: int,
+        length: int,
+        place: Mapping[str, Any] | None,
     ) -> None:
-        self._reader, self._number, self._seed = reader, number, seed
+        """Rows are `length` tokens long."""
+        self._reader, self._number, self._seed, self._length = reader, number, seed, length
+        self._bos = np.array([reader.tokenizer.bos_id], np.int32)
         share = -(-reader.documents // NUM_STREAMS)
         self._capacity = min(BUFFER_DOCS, max(1, share // 2))
         self._epoch, self._group, self._doc = (
@@ -259,9 +268,12 @@ class _Stream:
         self._entered = 0 if place is None else place["entered"]
         self._kept, self._cropped = (0, 0) if place is None else (place["kept"], place["cropped"])
         self._keys: list[tuple[int, int, Address]] = []
-        self._tokens: dict[int, np.ndarray] = {}
+        self._tokens: dict[tuple[int, int], np.ndarray] = {}
         if place is not None:
-            self._refill([(order, Address(*where)) for order, *where in place["buffer"]])
+            waiting = [(order, Address(*where)) for order, *where in place["buffer"]]
+            documents = reader.tokens([address for _, address in waiting])
+            for (order, address), ids in zip(waiting, documents, strict=True):
+                self._enter(order, address, ids)
 
     def place(self) -> _Place:
         return _Place(
@@ -274,8 +286,9 @@ class _Stream:
             tuple(self._keys),
         )
 
-    def next_row(self, length: int) -> np.ndarray:
+    def next_row(self) -> np.ndarray:
         """The next row, (length,) int32."""
+        length = self._length
         row, filled = np.empty(length, np.int32), 0
         while filled < length:
             if len(self._keys) < self._capacity:
@@ -291,8 +304,8 @@ class _Stream:
     def _choose(self, room: int) -> np.ndarray:
         """Take the largest document that fits, the oldest of equals; else the shortest."""
         index = bisect.bisect_right(self._keys, (room, 1)) - 1
-        _, order, _ = self._keys.pop(max(index, 0))
-        return self._tokens.pop(-order)
+        _, order, address = self._keys.pop(max(index, 0))
+        return self._tokens.pop((-order, address.start))
 
     def _read_more(self) -> None:
         """Fill the buffer, and a little over, so that documents are encoded many at a time."""
@@ -312,10 +325,14 @@ class _Stream:
             self._doc += wanted
             if self._doc >= len(rows):
                 self._group, self._doc = self._group + 1, 0
-        self._refill(arrivals)
+        documents = self._reader.tokens([address for _, address in arrivals])
+        for (order, address), ids in zip(arrivals, documents, strict=True):
+            for start in range(0, max(1, len(ids)), self._length - 1):
+                self._enter(order, address._replace(start=start), ids)
 
-    def _refill(self, arrivals: Sequence[tuple[int, Address]]) -> None:
-        encoded = self._reader.tokens([address for _, address in arrivals])
-        for (order, address), tokens in zip(arrivals, encoded, strict=True):
-            bisect.insort(self._keys, (len(tokens), -order, address))
-            self._tokens[order] = tokens
+    def _enter(self, order: int, address: Address, ids: np.ndarray) -> None:
+        """Let the part of a document wait that begins at `address`: bos and what a row holds."""
+        part = ids[address.start : address.start + self._length - 1]
+        tokens = np.concatenate([self._bos, part])
+        bisect.insort(self._keys, (len(tokens), -order, address))
+        self._tokens[order, address.start] = tokens

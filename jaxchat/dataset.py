@@ -27,6 +27,9 @@ FOLDER_GROUP = 256
 FOLDER_VAL_SHARE = 0.05
 """Share of a folder's documents that validate, chosen by a hash of their text."""
 
+SECTION_CHARS = 10_000
+"""Longer texts of a folder are several documents: a book can be both learnt and validated on."""
+
 
 @dataclass(frozen=True)
 class HubDataset:
@@ -103,10 +106,11 @@ class ParquetCorpus(Corpus):
 
 
 class FolderCorpus(Corpus):
-    """jsonl files (field `text`) and txt files (one document each), held in memory."""
+    """jsonl files (field `text`) and txt files, long texts in sections, held in memory."""
 
     def __init__(self, directory: Path) -> None:
-        texts = [text for path in _text_files(directory) for text in _read_texts(path) if text]
+        whole = (text for path in _text_files(directory) for text in _read_texts(path) if text)
+        texts = [section for text in whole for section in sections(text)]
         digests = {text: hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts}
         ordered = sorted(digests, key=lambda text: digests[text])
         if len(ordered) < 2:
@@ -211,9 +215,27 @@ def _text_files(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.suffix in (".jsonl", ".txt"))
 
 
+def sections(text: str) -> Iterator[str]:
+    """A text in pieces of at most `SECTION_CHARS` characters.
+
+    Each ends with a paragraph, a line or a word, where one ends in its second half.
+    """
+    start = 0
+    while len(text) - start > SECTION_CHARS:
+        end = start + SECTION_CHARS
+        for mark in ("\n\n", "\n", " "):
+            found = text.rfind(mark, start + SECTION_CHARS // 2, end)
+            if found >= 0:
+                end = found + len(mark)
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def _read_texts(path: Path) -> Iterator[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix == ".txt":

@@ -41,6 +41,20 @@ def test_a_folder_of_text_splits_the_same_way_every_time(tmp_path):
     assert open_corpus(str(tmp_path)).fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("end", ["\n\n", "\n", " ", ""])
+def test_a_book_is_cut_where_something_ends(tmp_path, end, monkeypatch):
+    """One file is enough to train on: nanoGPT's Shakespeare is."""
+    monkeypatch.setattr(dataset, "SECTION_CHARS", 100)
+    book = "".join(f"{i:04d}" + "x" * (i % 40) + end for i in range(200))
+    found = list(dataset.sections(book))
+    assert "".join(found) == book
+    assert all(50 < len(section) <= 100 for section in found[:-1])
+    assert all(section.endswith(end) for section in found)
+    (tmp_path / "input.txt").write_text(book, encoding="utf-8-sig")
+    corpus = open_corpus(str(tmp_path))
+    assert sorted(texts_of(corpus, "train") + texts_of(corpus, "val")) == sorted(found)
+
+
 def test_a_line_ends_where_json_lines_end(tmp_path):
     texts = ["two\u2028lines", "next\x85line", "plain"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
