@@ -1,8 +1,8 @@
 """Documents to packed rows: best fit, no padding, and a state that resumes exactly.
 
 Every row starts with bos. It is filled with the largest document of a buffer that still fits;
-when none does, the shortest is cropped to fill it, and what is cut off is counted. A document that
-no row could hold is taken as several of a row each, every one behind a bos. Rows come from
+when none does, the shortest is cropped to fill it, and what is cut off is counted. Of a corpus that
+`keeps_all`, a longer document than a row is several of a row each. Rows come from
 a fixed number of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so
 the order depends on seed, corpus and tokenizer alone, never on how many devices or processes read
 it. A process owns whole streams and reads only those.
@@ -12,6 +12,7 @@ in its buffer, which are read again on resume. Left out: supervision masks (conv
 """
 
 import bisect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -260,6 +261,8 @@ class _Stream:
         """Rows are `length` tokens long."""
         self._reader, self._number, self._seed, self._length = reader, number, seed, length
         self._bos = np.array([reader.tokenizer.bos_id], np.int32)
+        self._part = length - 1 if reader.corpus.keeps_all else sys.maxsize
+        """Most tokens of a document that are taken together."""
         share = -(-reader.documents // NUM_STREAMS)
         self._capacity = min(BUFFER_DOCS, max(1, share // 2))
         self._epoch, self._group, self._doc = (
@@ -327,12 +330,11 @@ class _Stream:
                 self._group, self._doc = self._group + 1, 0
         documents = self._reader.tokens([address for _, address in arrivals])
         for (order, address), ids in zip(arrivals, documents, strict=True):
-            for start in range(0, max(1, len(ids)), self._length - 1):
+            for start in range(0, max(1, len(ids)), self._part):
                 self._enter(order, address._replace(start=start), ids)
 
     def _enter(self, order: int, address: Address, ids: np.ndarray) -> None:
-        """Let the part of a document wait that begins at `address`: bos and what a row holds."""
-        part = ids[address.start : address.start + self._length - 1]
-        tokens = np.concatenate([self._bos, part])
+        """Let the part of a document that begins at `address` wait: bos and its tokens."""
+        tokens = np.concatenate([self._bos, ids[address.start :][: self._part]])
         bisect.insort(self._keys, (len(tokens), -order, address))
         self._tokens[order, address.start] = tokens

@@ -21,6 +21,8 @@ from jaxchat.embedded_corpus import ensure_embedded_corpus
 
 SPLITS = ("train", "val")
 
+TEXT_SUFFIXES = (".jsonl", ".txt")
+
 FOLDER_GROUP = 256
 """Documents of a jsonl or txt folder that make one group."""
 
@@ -57,8 +59,11 @@ HUB_DATASETS = {
 class Corpus(ABC):
     """Documents in groups, in two splits."""
 
-    def __init__(self, name: str, fingerprint: str) -> None:
-        self.name, self.fingerprint = name, fingerprint
+    keeps_all: bool
+    """Whether documents longer than a row are read to their end: hub sets have more than enough."""
+
+    def __init__(self, name: str, fingerprint: str, *, keeps_all: bool = False) -> None:
+        self.name, self.fingerprint, self.keeps_all = name, fingerprint, keeps_all
 
     @abstractmethod
     def groups(self, split: str) -> list[tuple[int, int, int]]:
@@ -82,8 +87,15 @@ class Corpus(ABC):
 class ParquetCorpus(Corpus):
     """Parquet files with a `text` column; a group is a row group."""
 
-    def __init__(self, name: str, fingerprint: str, files: Mapping[str, tuple[Path, ...]]) -> None:
-        super().__init__(name, fingerprint)
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        files: Mapping[str, tuple[Path, ...]],
+        *,
+        keeps_all: bool = False,
+    ) -> None:
+        super().__init__(name, fingerprint, keeps_all=keeps_all)
         self._files = files
 
     def groups(self, split: str) -> list[tuple[int, int, int]]:
@@ -105,23 +117,24 @@ class ParquetCorpus(Corpus):
         return column.to_pylist()
 
 
-class FolderCorpus(Corpus):
+class TextCorpus(Corpus):
     """jsonl files (field `text`) and txt files, long texts in sections, held in memory."""
 
-    def __init__(self, directory: Path) -> None:
-        whole = (text for path in _text_files(directory) for text in _read_texts(path) if text)
+    def __init__(self, where: Path) -> None:
+        """`where` is a file, or a folder of them."""
+        whole = (text for path in _text_files(where) for text in _read_texts(path) if text)
         texts = [section for text in whole for section in sections(text)]
         digests = {text: hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts}
         ordered = sorted(digests, key=lambda text: digests[text])
         if len(ordered) < 2:
             raise ValueError(
-                f"{directory} holds {len(ordered)} distinct document(s) in .parquet, .jsonl or "
-                ".txt files; training needs one to learn from and one to validate on"
+                f"{where} holds {len(ordered)} distinct document(s) in .parquet, .jsonl or .txt "
+                "files; training needs one to learn from and one to validate on"
             )
         held_out = max(1, round(FOLDER_VAL_SHARE * len(ordered)))
         self._texts = {"train": ordered[held_out:], "val": ordered[:held_out]}
         content = hashlib.sha256(b"".join(digests[text] for text in ordered))
-        super().__init__(str(directory), content.hexdigest()[:16])
+        super().__init__(str(where), content.hexdigest()[:16], keeps_all=True)
 
     def groups(self, split: str) -> list[tuple[int, int, int]]:
         total = len(self._texts[split])
@@ -139,7 +152,7 @@ def default_corpus() -> str:
 
 
 def open_corpus(name: str) -> Corpus:
-    """A corpus by name (climbmix, fineweb-edu, embedded) or by the path of a folder.
+    """A corpus by name (climbmix, fineweb-edu, embedded) or by the path of a folder or a file.
 
     Errors name what is missing and the command that fetches it.
     """
@@ -147,12 +160,15 @@ def open_corpus(name: str) -> Corpus:
         return _open_embedded()
     if name in HUB_DATASETS:
         return _open_hub(HUB_DATASETS[name])
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+        return TextCorpus(path)
+    if not path.is_dir():
         known = ", ".join([*HUB_DATASETS, "embedded"])
-        raise ValueError(f"corpus {name!r} is neither one of {known} nor a folder")
-    files = tuple(sorted(directory.glob("*.parquet")))
-    return _open_parquet_folder(directory, files) if files else FolderCorpus(directory)
+        kinds = " or ".join(TEXT_SUFFIXES)
+        raise ValueError(f"corpus {name!r} is neither one of {known}, a folder nor a {kinds} file")
+    files = tuple(sorted(path.glob("*.parquet")))
+    return _open_parquet_folder(path, files) if files else TextCorpus(path)
 
 
 def _open_embedded() -> Corpus:
@@ -196,7 +212,8 @@ def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
         _check_parquet(path)
     facts = " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
     fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    return ParquetCorpus(str(directory), fingerprint, {"train": files[:-1], "val": files[-1:]})
+    split = {"train": files[:-1], "val": files[-1:]}
+    return ParquetCorpus(str(directory), fingerprint, split, keeps_all=True)
 
 
 def _check_parquet(path: Path) -> None:
@@ -211,8 +228,12 @@ def _check_parquet(path: Path) -> None:
         raise ValueError(f"{path} has no column `text` of strings, but {found}")
 
 
-def _text_files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.suffix in (".jsonl", ".txt"))
+def _text_files(where: Path) -> list[Path]:
+    return (
+        [where]
+        if where.is_file()
+        else sorted(path for path in where.rglob("*") if path.suffix in TEXT_SUFFIXES)
+    )
 
 
 def sections(text: str) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint; the newest when not set."""
     corpus: str | None = None
-    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
+    """climbmix, fineweb-edu, embedded, or the path of texts; what has been downloaded if unset."""
     split_tokens: int = 20 * 2**19
     """Tokens of each split to score, at most all it has."""
     device_batch_size: int = 16

@@ -120,7 +120,7 @@ class Config:
     """Steps skipped as spikes, of any 128, that end the run."""
 
     corpus: str | None = None
-    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
+    """climbmix, fineweb-edu, embedded, or the path of texts; what has been downloaded if unset."""
     model_tag: str | None = None
     """Name of the run; d<depth> when not set."""
     resume: str = "auto"

@@ -33,7 +33,7 @@ class Config:
     doc_cap: int = 10_000
     """Characters to read at most from one document, so that no long one dominates."""
     corpus: str | None = None
-    """climbmix, fineweb-edu, embedded, or a folder of text; what has been downloaded if unset."""
+    """climbmix, fineweb-edu, embedded, or the path of texts; what has been downloaded if unset."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCAB_SIZE:

@@ -51,8 +51,10 @@ def test_a_book_is_cut_where_something_ends(tmp_path, end, monkeypatch):
     assert all(50 < len(section) <= 100 for section in found[:-1])
     assert all(section.endswith(end) for section in found)
     (tmp_path / "input.txt").write_text(book, encoding="utf-8-sig")
-    corpus = open_corpus(str(tmp_path))
-    assert sorted(texts_of(corpus, "train") + texts_of(corpus, "val")) == sorted(found)
+    for where in (tmp_path, tmp_path / "input.txt"):
+        corpus = open_corpus(str(where))
+        assert corpus.keeps_all
+        assert sorted(texts_of(corpus, "train") + texts_of(corpus, "val")) == sorted(found)
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path):
@@ -73,7 +75,7 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_an_empty_folder_and_an_unknown_name_say_what_would_do(tmp_path):
     with pytest.raises(ValueError, match=r"holds 0 distinct document"):
         open_corpus(str(tmp_path))
-    with pytest.raises(ValueError, match=r"neither one of climbmix, fineweb-edu, embedded nor"):
+    with pytest.raises(ValueError, match=r"neither one of climbmix, .*, a folder nor"):
         open_corpus("clmbmix")
 
 
@@ -108,6 +110,7 @@ def test_parquet_folders_validate_on_their_last_file(tmp_path):
     assert texts_of(corpus, "val") == ["2a", "2b", "2c"]
     assert corpus.groups("train") == [(0, 0, 2), (0, 1, 1), (1, 0, 2), (1, 1, 1)]
     assert corpus.read_group("train", 1, 1) == ["1c"]
+    assert corpus.keeps_all
     assert list(corpus.iter_texts("train", max_chars=3)) == ["0a", "0b"]
 
 
@@ -129,6 +132,7 @@ def test_the_validation_shard_is_the_same_however_many_were_downloaded(base_dir)
     write_shard(hub.directory / "shard_06542.parquet", ["val"])
     write_shard(hub.directory / "shard_00000.parquet", ["a"])
     one = open_corpus("climbmix")
+    assert not one.keeps_all
     write_shard(hub.directory / "shard_00001.parquet", ["b"])
     two = open_corpus("climbmix")
     assert texts_of(one, "val") == texts_of(two, "val") == ["val"]
