@@ -1,11 +1,11 @@
 """Documents to packed rows: best fit, no padding, and a state that resumes exactly.
 
 Every row starts with bos. It is filled with the largest document of a buffer that still fits;
-when none does, the shortest is cropped to fill it, and what is cut off is counted. Of a corpus that
-`keeps_all`, a longer document than a row is several of a row each. Rows come from
-a fixed number of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so
-the order depends on seed, corpus and tokenizer alone, never on how many devices or processes read
-it. A process owns whole streams and reads only those.
+when none does, the shortest is cropped to fill it, and what is cut off is counted. A document
+longer than a row is several documents where the corpus `keeps_all`. Rows come from a fixed number
+of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so the order
+depends on seed, corpus and tokenizer alone, never on how many devices or processes read it. A
+process owns whole streams and reads only those.
 
 The state holds addresses, not tokens: each stream's place in the corpus and the documents waiting
 in its buffer, which are read again on resume. Left out: supervision masks (conversation.py).

@@ -229,11 +229,9 @@ def _check_parquet(path: Path) -> None:
 
 
 def _text_files(where: Path) -> list[Path]:
-    return (
-        [where]
-        if where.is_file()
-        else sorted(path for path in where.rglob("*") if path.suffix in TEXT_SUFFIXES)
-    )
+    if where.is_file():
+        return [where]
+    return sorted(path for path in where.rglob("*") if path.suffix in TEXT_SUFFIXES)
 
 
 def sections(text: str) -> Iterator[str]:

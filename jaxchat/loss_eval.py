@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -20,19 +20,16 @@ class TokenRows(Protocol):
     def targets(self) -> np.ndarray: ...
 
 
-BatchT = TypeVar("BatchT", bound=TokenRows, covariant=True)
-
-
-class HeldOut(Protocol, Generic[BatchT]):
+class HeldOut(Protocol):
     """A loader that knows how often it has handed out all that it reads."""
 
     @property
     def passes(self) -> float: ...
 
-    def __next__(self) -> BatchT: ...
+    def __next__(self) -> TokenRows: ...
 
 
-def one_pass(loader: HeldOut[BatchT], batches: int, on_progress: OnProgress) -> Iterator[BatchT]:
+def one_pass(loader: HeldOut, batches: int, on_progress: OnProgress) -> Iterator[TokenRows]:
     """At least one batch and at most so many, but none once all there is has been handed out.
 
     So a split of a few thousand tokens is not judged on millions of them. `on_progress` hears the
