@@ -30,12 +30,16 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
-# tests compile the same small programs again and again; removed when the interpreter ends
-COMPILED = tempfile.TemporaryDirectory(prefix="jaxchat-tests-", ignore_cleanup_errors=True)
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Tests compile the same small programs again and again."""
+    compiled = tempfile.TemporaryDirectory(prefix="jaxchat-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(compiled.cleanup)
+    jax.config.update("jax_compilation_cache_dir", compiled.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture
