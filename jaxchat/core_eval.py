@@ -7,13 +7,14 @@ GPT-2 (1.5 B) has 0.256525.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxchat.backend import IGNORE, Backend
 from jaxchat.core_tasks import Scored, Task, sequences
+from jaxchat.progress import OnProgress, unheard
 from jaxchat.tokenizer import Tokenizer
 
 MIN_BUCKET = 64
@@ -44,11 +45,11 @@ def evaluate_task(
     *,
     max_examples: int | None,
     batch_tokens: int,
-    on_batch: Callable[[float], None] = lambda _: None,
+    on_progress: OnProgress = unheard,
 ) -> TaskResult:
     """Accuracy on the first `max_examples` of the shuffled task (all of them when None).
 
-    `batch_tokens` bounds the padded tokens of a batch; `on_batch` hears the share that is done.
+    `batch_tokens` bounds the padded tokens of a batch; `on_progress` hears the share that is done.
     """
     count = len(task.examples) if max_examples is None else min(max_examples, len(task.examples))
     length = backend.config.sequence_len
@@ -59,7 +60,7 @@ def evaluate_task(
         rows = max(1, batch_tokens // bucket)
         scored = score_batch(backend, [flat[i] for i in indices], rows, bucket)
         scores |= zip(indices, scored, strict=True)
-        on_batch(len(scores) / len(flat))
+        on_progress(len(scores) / len(flat))
     correct, first = 0, 0
     for index, question in enumerate(questions):
         own = [scores[first + i] for i in range(len(question))]

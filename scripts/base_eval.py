@@ -110,7 +110,7 @@ def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[
                 task,
                 max_examples=config.max_per_task,
                 batch_tokens=config.batch_tokens,
-                on_batch=lambda share, bar=bar: progress.update(bar, completed=share),
+                on_progress=lambda share, bar=bar: progress.update(bar, completed=share),
             )
             results.append(result)
     return results

@@ -121,6 +121,14 @@ mod tests {
         merges
     }
 
+    /// Pseudo-random numbers below a bound.
+    fn numbers(mut state: u64) -> impl FnMut(u64) -> u64 {
+        move |below| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        }
+    }
+
     #[test]
     fn the_most_frequent_pair_comes_first_and_ties_go_to_the_smallest() {
         let merges = learn(&[(b"ab", 3), (b"cd", 3), (b"ef", 5)], 259);
@@ -147,11 +155,7 @@ mod tests {
 
     #[test]
     fn merges_are_those_of_brute_force_on_random_pieces() {
-        let mut state = 1_u64;
-        let mut random = move |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (state >> 33) % below
-        };
+        let mut random = numbers(1);
         for round in 0..300 {
             let letters = 1 + random(6);
             let owned: Vec<(Vec<u8>, u64)> = (0..1 + random(30))
@@ -170,11 +174,7 @@ mod tests {
 
     #[test]
     fn merges_of_a_corpus_for_many_threads_are_those_of_brute_force() {
-        let mut state = 7_u64;
-        let mut random = move |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            (state >> 33) % below
-        };
+        let mut random = numbers(7);
         let mut distinct: std::collections::BTreeMap<Vec<u8>, u64> = Default::default();
         for _ in 0..20_000 {
             let piece = (0..2 + random(20)).map(|_| b'a' + random(26) as u8).collect();

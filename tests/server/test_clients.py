@@ -31,13 +31,6 @@ def server():
 
 
 @pytest.fixture
-def idle(server):
-    server.wait_idle()
-    yield server
-    server.wait_idle()
-
-
-@pytest.fixture
 def client(idle):
     with openai.OpenAI(base_url=idle.url + "/v1", api_key="none", max_retries=0) as one:
         yield one
