@@ -67,11 +67,6 @@ class ChatLoader(Prefetcher[Batch]):
         self._start()
 
     @property
-    def epoch(self) -> int:
-        """Passes over the conversations begun, counted from 0, by the stream least far."""
-        return min(stream["epoch"] for stream in self._own_state()["streams"].values())
-
-    @property
     def passes(self) -> float:
         """How often they have been handed out: conversations used over those there are."""
         _, streams = self.position

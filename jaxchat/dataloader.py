@@ -117,11 +117,6 @@ class PackedLoader(Prefetcher[Batch]):
         self._start()
 
     @property
-    def epoch(self) -> int:
-        """Passes over the split begun, counted from 0, by the stream that is least far."""
-        return min(stream["epoch"] for stream in self._own_state()["streams"].values())
-
-    @property
     def passes(self) -> float:
         """How often the split has been handed out: documents begun in rows over those there are."""
         _, streams = self.position

@@ -101,9 +101,9 @@ class RolloutLoader:
         """Nothing reads ahead: rollouts need the weights of their own step."""
 
     @property
-    def epoch(self) -> int:
-        """Passes over the questions begun, counted from 0."""
-        return self._step // self._steps_per_epoch
+    def passes(self) -> float:
+        """How often the questions have been handed out."""
+        return self._step / self._steps_per_epoch
 
     @property
     def position(self) -> int:

@@ -56,7 +56,7 @@ class StepRunner:
         facts = {
             "train/lr_multiplier": schedule.lr_multiplier,
             "train/batch_tokens": float(inputs.size * stage.backend.devices.processes),
-            "train/epoch": float(stage.loader.epoch),
+            "train/epoch": stage.loader.passes,
             **batch.figures,
         }
         self._log_pending(progress, self._clock.lap)
@@ -141,7 +141,7 @@ class StepRunner:
             figures["MFU"] = f"{100 * scalars['train/mfu']:.1f}%"
         return figures | {
             "lr x": f"{scalars['train/lr_multiplier']:.2f}",
-            "epoch": f"{scalars['train/epoch']:.0f}",
+            "epoch": f"{scalars['train/epoch']:.2f}",
         }
 
 

@@ -25,7 +25,9 @@ class Loader(Protocol):
     """
 
     @property
-    def epoch(self) -> int: ...
+    def passes(self) -> float:
+        """How often all there is has been handed out."""
+        ...
 
     @property
     def position(self) -> Any: ...

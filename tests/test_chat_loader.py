@@ -148,7 +148,7 @@ def test_one_pass_emits_every_conversation_whole_truncated_or_counted(sizes, see
         seen = set()
         for _ in range(2000):
             seen |= set(contents([next(loader)]))
-            if loader.epoch >= 3:
+            if loader.passes >= 3:
                 break
         stats = loader.stats
     # what ends in an unsupervised last token is seen one token short: inputs lack the last one
@@ -172,7 +172,7 @@ def test_nothing_waits_longer_than_the_buffer(monkeypatch):
     ids = tuple(render(TOKENIZER, middling)[0])
     with loader:
         seen = False
-        while loader.epoch == 0:
+        while loader.passes < 1:
             seen |= ids in contents([next(loader)])
         for _ in range(12):
             seen |= ids in contents([next(loader)])
@@ -200,7 +200,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(capsys):
     task = Given([late_answer, unanswered, malformed, good] * 200)
     loader = loader_of(task)
     with loader:
-        while loader.epoch == 0:
+        while loader.passes < 1:
             next(loader)
         stats = loader.stats
     assert stats.dropped == pytest.approx(0.75 * stats.conversations, rel=0.1)
@@ -340,7 +340,7 @@ def test_the_rows_of_a_pass_are_foreseen():
     foreseen = rows_per_epoch(task, TOKENIZER, sequence_len=512)
     loader = loader_of(task, sequence_len=512)
     with loader:
-        while loader.epoch < 5:  # what waits at the end is small, and weighs less over many passes
+        while loader.passes < 5:  # what waits at the end is small, and weighs less over many passes
             next(loader)
         stats, state = loader.stats, loader.state()
     waiting = sum(len(stream["waiting"]) for stream in state["streams"].values())
@@ -355,7 +355,7 @@ def test_real_chats_pack_with_little_padding(name):
     task = Given([json.loads(line) for line in lines] * 20)  # a buffer as full as in training
     loader = loader_of(task, sequence_len=2048)
     with loader:
-        while loader.epoch < 2:
+        while loader.passes < 2:
             next(loader)
         shares = loader.stats.shares()
     assert shares["data/padding"] < 0.05

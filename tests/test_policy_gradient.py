@@ -114,7 +114,7 @@ def test_a_loader_continues_where_another_stood():
     batches = [next(first) for _ in range(3)]
     later = RolloutLoader(SayA(), backend, TOKENIZER, CONFIG, seed=3, state={"step": 2})
     np.testing.assert_array_equal(next(later).inputs, batches[2].inputs)
-    assert (first.state(), first.epoch) == ({"step": 3}, 1)
+    assert (first.state(), first.passes) == ({"step": 3}, 1.5)
     assert first.state(first.position - 1) == {"step": 2}
     asked = [questions_of(batch) for batch in batches]
     assert sorted(asked[0] + asked[1]) == list(range(len(SayA())))

@@ -98,7 +98,7 @@ def test_the_whole_backend_keeps_to_what_mps_can_do(preset, tmp_path, monkeypatc
 class Loader:
     """Batches of random ids."""
 
-    epoch, position = 0, None
+    passes, position = 0.0, None
 
     def __next__(self):
         ids = np.random.default_rng(0).integers(0, 300, (4, 65), dtype=np.int32)

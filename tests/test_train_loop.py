@@ -38,7 +38,6 @@ class Diary:
     """Backend, loader and checkpoint store at once: writes down what it is asked to do."""
 
     devices = DeviceInfo("cpu", 1, "a diary", 1e9)
-    epoch = 0
 
     def __init__(self):
         self.entries, self.weights, self.on_step, self.on_share = [], [], None, None
@@ -55,6 +54,10 @@ class Diary:
     @property
     def position(self):
         return self.handed_out
+
+    @property
+    def passes(self):
+        return self.handed_out / 4
 
     def state(self, position=None):
         return {"read": self.position if position is None else position}
@@ -148,13 +151,16 @@ def test_every_step_is_logged_once_with_what_the_loader_measured(diary, capsys):
     _, rows = diary.run(num_iterations=3)
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
+    assert [row["train/epoch"] for row in steps] == [0.25, 0.5, 0.75]
     for row in steps:
         assert row["train/reward"] == 0.25
         assert row["train/batch_tokens"] == 32
         speed = row["train/tokens_per_second"]
         assert row["train/mfu"] == pytest.approx(speed * 1000.0 / 1e9)
     assert [row["step"] for row in rows if "val/bpb" in row] == [0, 3]
-    assert "reward 0.2500" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "reward 0.2500" in shown
+    assert "epoch 0.75" in shown
 
 
 def test_what_is_being_saved_arrives_whatever_ends_the_run(diary):
