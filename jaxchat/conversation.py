@@ -59,6 +59,11 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> l
     return [*ids, tokenizer.special_id("assistant_start")]
 
 
+def first_question(conversation: Conversation) -> str:
+    """The first user message of a checked conversation, the system message in front of it."""
+    return _merge_system(conversation["messages"])[0]["content"]
+
+
 def crop_prompt(ids: Sequence[int], most: int) -> list[int]:
     """A prompt in at most `most` tokens: bos, and of the rest the end, where the question is."""
     return list(ids) if len(ids) <= most else [ids[0], *ids[len(ids) - most + 1 :]]

@@ -27,8 +27,7 @@ class FinetuneOptions:
     epochs: float = 1.0
     """Passes over the mixture."""
     device_batch_size: int | None = None
-    """Rows per device and micro-batch; the source's, where they divide the batch, or as many as
-    its memory holds."""
+    """Rows per device and micro-batch; the source's if they divide the batch, or what fits."""
     total_batch_size: int | None = None
     """Tokens per optimizer step."""
     embedding_lr: float | None = None

@@ -83,8 +83,7 @@ class Config:
     card: int | None = None
     """Preset for a card of 8, 16, 24 or 80 GB: the memory to fit into, and what saves some."""
     remat: str | None = None
-    """What a block keeps for its backward pass: everything (none), the results of its products
-    (products), its input (block), or that in host memory (offload). The rest is computed twice."""
+    """Kept of a block, the rest is computed twice: all (none), products, input (block), offload."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory."""
     total_batch_size: int | None = None

@@ -50,8 +50,7 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Checkpoint of that model; the newest when not set."""
     temperature: Annotated[float | None, cli.arg(aliases=["-t"])] = None
-    """How freely to choose: 0 always takes the most likely token. When not set 0.6, and 0.8 for a
-    base model, which at lower temperatures repeats itself."""
+    """How freely to choose; 0 takes the likeliest token. 0.6 when not set, 0.8 for a base model."""
     top_k: Annotated[int, cli.arg(aliases=["-k"])] = 50
     """How many tokens to choose from: 0 for all."""
     max_tokens: int = 256

@@ -3,10 +3,12 @@
     python -m scripts.chat_eval -i sft                      # every task of the data at hand
     python -m scripts.chat_eval -i mid -a GSM8K -a HumanEval -x 100
     python -m scripts.chat_eval -i sft -a "ARC-Easy|MMLU" --backend torch
+    python -m scripts.chat_eval -i sft -a mine.jsonl
 
 ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
 them it asks what needs no network, about the embedded documentation above all, and says that this
-is not ChatCORE. The report shows the stages side by side.
+is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The report shows
+the stages side by side.
 """
 
 import time
@@ -36,9 +38,6 @@ from jaxchat.task_report import (
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import CHATCORE, check_source, default_source, eval_names, eval_task
 
-OFFLINE_NOTE = "offline tasks, not ChatCORE"
-"""What the mean of other tasks than ChatCORE's is called."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -51,9 +50,9 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint; the newest when not set."""
     task: Annotated[cli.repeatable[tuple[str, ...]], cli.arg(aliases=["-a"])] = ()
-    """A task's name, or several with | between; may be given several times. All when not set."""
+    """A task's name or a jsonl file; several with | between or one by one. All when not set."""
     data: str | None = None
-    """hub or offline: which tasks are all; the hub's when they have been downloaded."""
+    """hub, offline or a jsonl file: which tasks are all. The hub's if downloaded."""
     max_problems: Annotated[int | None, cli.arg(aliases=["-x"])] = None
     """Problems of each task, drawn fairly; all when not set."""
     batch_tokens: int = 16384
@@ -139,7 +138,7 @@ def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[
 
 
 def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
-    """ChatCORE when all of its tasks ran, the mean of the offline tasks when it is theirs."""
+    """ChatCORE when all of its tasks ran; a mean of others has another name."""
     ran = {result.name for result in results if result.skipped is None}
     if not ran:
         return {}
@@ -147,7 +146,7 @@ def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
         return {"ChatCORE": chat_core(results)}
     if ran <= set(CHATCORE):
         return {f"mean of {len(ran)} of ChatCORE's {len(CHATCORE)} tasks": chat_core(results)}
-    return {f"mean centred accuracy ({OFFLINE_NOTE})": chat_core(results)}
+    return {"mean centred accuracy (not ChatCORE)": chat_core(results)}
 
 
 def on_screen(table: Table) -> ScreenTable:

@@ -2,11 +2,14 @@
 
     python -m scripts.chat_rl                    # GSM8K, the deepest finetuned model, one pass
     python -m scripts.chat_rl --data offline --questions 4 --samples 8 --num-iterations 50
+    python -m scripts.chat_rl --data mine.jsonl
 
 Every step answers some questions several times with the weights of that moment, pays 1 for a right
 answer, and makes each token of a reply as much likelier as its reply was better than the mean of
-its question. Rates fall from a twentieth of the base run's to zero. The same command continues a
-run that was stopped or killed.
+its question. A file of your own has a question a line: {"question", "answer"}, where the answer's
+last line is such as "#### 42" or "#### Paris", or {"question", "choices", "answer"}; one in twenty
+is held out to measure on. Rates fall from a twentieth of the base run's to zero. The same command
+continues a run that was stopped or killed.
 """
 
 import math
@@ -53,7 +56,7 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint to start from; the newest when not set."""
     data: str | None = None
-    """hub (GSM8K) or offline (generated problems); the hub's when it has been downloaded."""
+    """hub (GSM8K), offline (generated), or a jsonl file of your own; the hub's if downloaded."""
 
     num_iterations: int | None = None
     """Optimizer steps; one pass over the questions when not set."""
@@ -64,7 +67,9 @@ class Config:
     max_tokens: int = RolloutConfig.max_tokens
     """Longest reply."""
     temperature: float = RolloutConfig.temperature
+    """How freely replies are chosen: 1 as the model means them."""
     top_k: int = RolloutConfig.top_k
+    """Choose among so many of the likeliest tokens; 0 for all."""
     slots: int = RolloutConfig.slots
     """Replies written at the same time: lower it when memory runs out."""
     device_batch_size: int = 8

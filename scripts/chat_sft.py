@@ -2,10 +2,12 @@
 
     python -m scripts.chat_sft                   # the deepest midtrained model, one pass
     python -m scripts.chat_sft --source base --data offline
+    python -m scripts.chat_sft --data mine.jsonl --epochs 3
 
-Reads the hub's task sets when `data_download --all` has fetched them,
-and offline tasks otherwise. Batch sizes and learning rates are those of the source's run unless
-given.
+Reads the hub's task sets when `data_download --all` has fetched them, and offline tasks otherwise.
+A file of your own has a line for each conversation: {"messages": [...]}, {"question", "answer"}
+or {"question", "choices", "answer"}; one in twenty is held out. Batch sizes and learning rates are
+those of the source's run unless given.
 """
 
 from dataclasses import dataclass
@@ -16,8 +18,13 @@ from jaxchat import cli
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
 from jaxchat.stages import find_checkpoint
-from jaxchat.tasks.customjson import IDENTITY
-from jaxchat.tasks.mixtures import QUESTIONS, default_source, sft_mixture, validation_mixture
+from jaxchat.tasks.mixtures import (
+    default_source,
+    sample_questions,
+    sft_mixture,
+    title,
+    validation_mixture,
+)
 
 
 @dataclass(frozen=True)
@@ -31,23 +38,23 @@ class Config(FinetuneOptions):
     warmdown_ratio: float = 1.0
     """Share of the run over which the learning rate falls."""
 
-    data: str | None = None
-    """hub or offline: where the tasks come from; the hub's when they have been downloaded."""
-    identity: Path = IDENTITY
+    data: cli.repeatable[tuple[str, ...]] = ()
+    """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
+    identity: Path | None = None
     """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
 
 
 def main(config: Config) -> None:
     """Train on the mixture, and add a section to the report."""
     find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
-    source = config.data or default_source()
+    sources = config.data or (default_source(),)
     lesson = Lesson(
         stage="sft",
         script="chat_sft",
-        title=f"Supervised finetuning ({source} tasks)",
-        train=sft_mixture(source, identity=config.identity),
-        val=validation_mixture(source),
-        questions=QUESTIONS[source],
+        title=f"Supervised finetuning ({title(sources)})",
+        train=sft_mixture(*sources, identity=config.identity),
+        val=validation_mixture(*sources),
+        questions=sample_questions(*sources),
     )
     finetune(config, lesson)
 

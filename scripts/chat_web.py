@@ -32,8 +32,7 @@ class Config:
     """Which model, where, and for whom."""
 
     source: Annotated[Literal["base", "mid", "sft", "rl", "all"], cli.arg(aliases=["-i"])] = "sft"
-    """Stage of the model, or all that have a checkpoint. A base model continues text, the others
-    converse."""
+    """Stage of the model, or all that have one; a base model continues text, others converse."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None

@@ -2,9 +2,12 @@
 
     python -m scripts.mid_train                  # the deepest base model, one pass
     python -m scripts.mid_train --data offline --num-iterations 300
+    python -m scripts.mid_train --data offline --data mine.jsonl
 
-Reads the hub's task sets when `data_download --all` has fetched them,
-and offline tasks otherwise. Batch sizes and learning rates are those of the base run unless given.
+Reads the hub's task sets when `data_download --all` has fetched them, and offline tasks otherwise.
+A file of your own has a line for each conversation: {"messages": [...]}, {"question", "answer"}
+or {"question", "choices", "answer"}; one in twenty is held out. Batch sizes and learning rates are
+those of the base run unless given.
 """
 
 from dataclasses import dataclass
@@ -14,31 +17,36 @@ from jaxchat import cli
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
 from jaxchat.stages import find_checkpoint
-from jaxchat.tasks.customjson import IDENTITY
-from jaxchat.tasks.mixtures import QUESTIONS, default_source, mid_mixture, validation_mixture
+from jaxchat.tasks.mixtures import (
+    default_source,
+    mid_mixture,
+    sample_questions,
+    title,
+    validation_mixture,
+)
 
 
 @dataclass(frozen=True)
 class Config(FinetuneOptions):
     """Every option of midtraining."""
 
-    data: str | None = None
-    """hub or offline: where the tasks come from; the hub's when they have been downloaded."""
-    identity: Path = IDENTITY
+    data: cli.repeatable[tuple[str, ...]] = ()
+    """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
+    identity: Path | None = None
     """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
 
 
 def main(config: Config) -> None:
     """Train on the mixture, and add a section to the report."""
     find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
-    source = config.data or default_source()
+    sources = config.data or (default_source(),)
     lesson = Lesson(
         stage="mid",
         script="mid_train",
-        title=f"Midtraining ({source} tasks)",
-        train=mid_mixture(source, identity=config.identity),
-        val=validation_mixture(source),
-        questions=QUESTIONS[source],
+        title=f"Midtraining ({title(sources)})",
+        train=mid_mixture(*sources, identity=config.identity),
+        val=validation_mixture(*sources),
+        questions=sample_questions(*sources),
     )
     finetune(config, lesson)
 

@@ -32,8 +32,7 @@ class Config:
     """What to compare on."""
 
     ranks_dir: Path | None = None
-    """Folder with r50k_base.tiktoken (GPT-2) and cl100k_base.tiktoken (GPT-4); tiktoken's own
-    cache when not set."""
+    """Folder with r50k_base.tiktoken and cl100k_base.tiktoken; tiktoken's cache when not set."""
     corpus: str | None = None
     """Corpus whose documents are compressed; the machine's default when not set."""
     max_chars: int = 500_000

@@ -127,7 +127,7 @@ def test_the_mean_has_the_name_of_what_it_is_the_mean_of():
     assert chat_eval.summarize(results(*chat_eval.CHATCORE)) == {"ChatCORE": 0.5}
     assert chat_eval.summarize(results("GSM8K")) == {"mean of 1 of ChatCORE's 6 tasks": 0.5}
     (name,) = chat_eval.summarize(results("Arithmetic", "HumanEval"))
-    assert name.endswith("(offline tasks, not ChatCORE)")
+    assert name.endswith("(not ChatCORE)")
     assert chat_eval.summarize([ChatResult("x", "generative", 0.0, skipped="no")]) == {}
 
 

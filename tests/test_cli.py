@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
 from jaxchat import cli
@@ -200,7 +201,14 @@ def test_help_explains_every_option(name, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert f"python -m scripts.{name}" in shown
+    told = {
+        param.arg_name: param.description
+        for each in module.Config.__mro__[:-1]
+        for param in docstring_parser.parse_from_object(each).params
+    }
     for field in module.Config.__dataclass_fields__:
+        assert told.get(field), f"{field} is not explained"
+        assert "\n" not in told[field], f"{field}: help would be broken where the source is"
         flags = (f"--{field.replace('_', '-')}", f"--no-{field}", f" {field.upper()} ")
         assert any(flag in shown for flag in flags), field
 

@@ -1,4 +1,4 @@
-"""Final answers: the number behind `####`, and calculator calls in running text.
+"""Final answers: what stands behind `####`, and calculator calls in running text.
 
 The format of GSM8K (arXiv 2110.14168), which the other number tasks share: reasoning, with every
 calculation marked `<<48/2=24>>`, then a last line `#### 24`.
@@ -12,7 +12,8 @@ from jaxchat.calculator import evaluate
 MARK = "####"
 """Stands before a final answer."""
 
-_ANSWER = re.compile(r"####\s*\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
+_NUMBER = r"\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)"
+_ANSWER = re.compile(MARK + r"\s*" + _NUMBER)
 _CALL = re.compile(r"<<([^<>]*)>>")
 
 
@@ -31,6 +32,20 @@ def same_answer(reply: str, answer: str) -> bool:
     """Whether both texts end in the same number: 18, 18.0 and 18.00 are the same."""
     wanted = final_answer(answer)
     return wanted is not None and final_answer(reply) == wanted
+
+
+def final_words(text: str) -> str:
+    """What stands on the line of the last `####`, without case, spaces and full stop around it."""
+    _, _, behind = text.rpartition(MARK) if MARK in text else ("", "", "")
+    return " ".join(behind.partition("\n")[0].split()).rstrip(".").casefold()
+
+
+def agrees(reply: str, answer: str) -> bool:
+    """As `same_answer`, where the answer is a number and nothing else; else by the words."""
+    wanted = final_words(answer)
+    if re.fullmatch(_NUMBER, wanted):
+        return same_answer(reply, answer)
+    return bool(wanted) and final_words(reply) == wanted
 
 
 def call_parts(text: str) -> list[dict[str, str]]:

@@ -1,20 +1,33 @@
-"""Your own conversations: a JSON lines file, and the identity that the model starts with.
+"""Your own conversations and questions: a JSON lines file, and who the model says it is.
 
-A line is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}`, or just
-the list. The whole file is checked when it is opened: a mistake is an error that names file and
-line before anything is trained, never a surprise in the middle of a run.
+A line is a conversation (or just its list of messages), or a question as GSM8K and MMLU write it:
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"question": "...", "answer": "6 * 7 = <<6*7=42>>42\\n#### 42"}
+    {"question": "...", "choices": ["...", "..."], "answer": 1}
+
+Calls of the calculator count where an answer has its last line `####`; the answer to choices is a
+number from 0 on, or a letter. The whole file is checked when it is opened: a mistake is an error
+that names file and line before anything is trained, never a surprise in the middle of a run.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from jaxchat.conversation import Conversation, check_conversation
-from jaxchat.tasks.base import Task
+from jaxchat.tasks.answers import MARK, agrees, call_parts, final_words
+from jaxchat.tasks.base import LETTERS, Kind, Task, ask_choice, reference
 
 IDENTITY = Path(__file__).with_name("identity.jsonl")
 """Who the model is, in conversations written for this project; `--identity FILE` replaces it."""
+
+HELD_OUT = 20
+"""One conversation in so many is validated on, and at least one."""
 
 
 class CustomJSON(Task):
@@ -38,6 +51,22 @@ class CustomJSON(Task):
             raise ValueError(f"{self.path} holds no conversation")
         self._digest = hashlib.sha256(content).hexdigest()
 
+    def split(self) -> tuple[Self, Self]:
+        """What is trained on, and what is held out.
+
+        A conversation's own text decides, so lines may be added or moved, and no conversation is on
+        both sides. ValueError when all are the same one.
+        """
+        keys = np.array([_key(conversation) for conversation in self], np.uint64)
+        held_out = keys <= max(2**64 // HELD_OUT, int(keys.min()))
+        if held_out.all():
+            raise ValueError(
+                f"{self.path} should hold more conversations: some are held out to validate on, "
+                "and nothing is left to train on"
+            )
+        (train,), (val,) = np.nonzero(~held_out), np.nonzero(held_out)
+        return self._reordered(train), self._reordered(val)
+
     def _examples(self) -> int:
         return len(self._conversations)
 
@@ -51,6 +80,34 @@ class CustomJSON(Task):
         return self._digest
 
 
+class CustomProblems(CustomJSON):
+    """A file of questions alone, all with choices or all with a final answer."""
+
+    def __init__(self, path: Path | str) -> None:
+        """As CustomJSON, and ValueError for a line by which no reply can be judged."""
+        super().__init__(path)
+        kinds = [_judged_as(conversation) for conversation in self]
+        for index, kind in enumerate(kinds):
+            if kind == "conversation":
+                raise ValueError(
+                    f"{self.locate(index)}: nothing to judge a reply by; give the question "
+                    f"choices, or its answer a last line such as {MARK} 42"
+                )
+            if kind != kinds[0]:
+                raise ValueError(
+                    f"{self.locate(index)}: is {kind} and {self.locate(0)} {kinds[0]}; put "
+                    "questions with choices and others into two files"
+                )
+        self.kind = kinds[0]
+        if self.kind == "categorical":
+            self.baseline = float(np.mean([1 / len(problem["letters"]) for problem in self]))
+
+    def evaluate(self, problem: Conversation, reply: str) -> bool:
+        if self.kind == "categorical":
+            return reply.strip() == reference(problem)
+        return agrees(reply, reference(problem))
+
+
 def _parse(line: bytes, where: str) -> Conversation:
     try:
         found: Any = json.loads(line)
@@ -58,11 +115,59 @@ def _parse(line: bytes, where: str) -> Conversation:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from error
     except (ValueError, RecursionError) as error:  # the second: brackets nested by the thousand
         raise ValueError(f"{where}: not a line of JSON ({error})") from error
-    conversation = {"messages": found} if isinstance(found, list) else found
     try:
+        conversation = _conversation(found)
         check_conversation(conversation)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not any(message["role"] == "assistant" for message in conversation["messages"]):
         raise ValueError(f"{where}: no assistant message, so nothing to learn from")
     return conversation
+
+
+def _conversation(found: Any) -> Conversation:
+    """What a line stands for; what is not a question is left to `check_conversation`."""
+    if isinstance(found, list):
+        return {"messages": found}
+    if not isinstance(found, Mapping):
+        return found
+    if "question" not in found:
+        return {"messages": found.get("messages")}
+    question, answer, choices = (found.get(name) for name in ("question", "answer", "choices"))
+    if not isinstance(question, str):
+        raise ValueError(f"question must be a string, is {question!r:.80}")
+    if choices is not None:
+        return _choice(question, choices, answer)
+    if not isinstance(answer, str):
+        raise ValueError(f"answer must be a string, is {answer!r:.80}")
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": call_parts(answer) if MARK in answer else answer},
+        ]
+    }
+
+
+def _choice(question: str, choices: object, answer: object) -> Conversation:
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"choices must be a list of strings, are {choices!r:.80}")
+    letters = LETTERS[: len(choices)]
+    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
+        answer = letters.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise ValueError(
+            f"answer must be the number of a choice, from 0 on, or its letter, is {answer!r:.80}"
+        )
+    return ask_choice(question, choices, answer)
+
+
+def _judged_as(conversation: Conversation) -> Kind:
+    if "letters" in conversation:
+        return "categorical"
+    answered = conversation["messages"][-1]["role"] == "assistant"
+    return "generative" if answered and final_words(reference(conversation)) else "conversation"
+
+
+def _key(conversation: Conversation) -> int:
+    text = json.dumps(conversation, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

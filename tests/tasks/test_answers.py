@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat.tasks.answers import call_parts, final_answer, same_answer
+from jaxchat.tasks.answers import agrees, call_parts, final_answer, same_answer
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,28 @@ def test_answers_are_compared_as_numbers():
     assert not same_answer("#### 18.5", "#### 18")
     assert not same_answer("18", "#### 18")
     assert not same_answer("#### 18", "no mark")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        ("#### 18.0", "#### 18", True),
+        ("#### 18 ducks", "#### 18", True),
+        ("#### 1,000", "#### $1000", True),
+        ("It is\n####  paris.\nSurely", "#### Paris", True),
+        ("#### the left  one", "#### The left one", True),
+        ("#### London\n#### Paris", "#### Paris", True),
+        ("#### Paris\n#### London", "#### Paris", False),
+        ("Paris", "#### Paris", False),
+        ("#### Paris, France", "#### Paris", False),
+        ("#### 12:45", "#### 12:30", False),
+        ("#### 3", "#### 3rd street", False),
+        ("", "no mark", False),
+        ("####", "####", False),
+    ],
+)
+def test_answers_agree_as_numbers_or_by_their_words(reply, answer, right):
+    assert agrees(reply, answer) == right
 
 
 def test_calls_say_what_the_calculator_says():

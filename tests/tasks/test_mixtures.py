@@ -8,7 +8,7 @@ import pytest
 
 from jaxchat.conversation import check_conversation
 from jaxchat.tasks import mixtures
-from jaxchat.tasks.base import TaskSequence
+from jaxchat.tasks.base import TaskSequence, reference
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON
 from jaxchat.tasks.hub import HUB_SETS
 from tests.tasks.examples import GOOD, arc_row, shown, write_split
@@ -80,6 +80,63 @@ def test_another_identity_takes_its_place(library, tmp_path):
     assert mixture.fingerprint != mixtures.sft_mixture("offline").fingerprint
 
 
+def own(tmp_path, count=100):
+    path = tmp_path / "own.jsonl"
+    lines = [GOOD.replace('"a"', f'"own {i}"') for i in range(count)]
+    path.write_text("\n".join([*lines, GOOD.replace('"a"', f'"{"long " * 50}"')]))
+    return path
+
+
+@pytest.mark.parametrize("mixture", [mixtures.mid_mixture, mixtures.sft_mixture])
+def test_conversations_of_ones_own_stand_alone_or_beside_others(library, tmp_path, mixture):
+    path = own(tmp_path)
+    alone = shown(mixture(str(path)))
+    held_out = shown(mixtures.validation_mixture(str(path)))
+    assert sorted({*alone, *held_out}) == sorted(shown(CustomJSON(path)))
+    assert not {*alone} & {*held_out}
+    beside = mixture("offline", str(path))
+    assert len(beside) == len(mixture("offline")) + len(alone)
+    assert {*alone} < {*shown(beside)}
+    assert "Who are you?" in shown(beside)
+    val = shown(mixtures.validation_mixture("offline", str(path)))
+    assert len(val) == len(mixtures.validation_mixture("offline")) + len(held_out)
+    assert {*held_out} < {*val}
+    named = tmp_path / "me.jsonl"
+    named.write_text(GOOD.replace('"a"', '"who?"'))
+    assert sorted(shown(mixture(str(path), identity=named))) == sorted([*alone, "who?"])
+    assert mixtures.title(["offline", str(path)]) == "offline tasks, own.jsonl"
+
+
+def test_runs_on_ones_own_ask_what_is_held_out(library, tmp_path):
+    path = str(own(tmp_path, 300))
+    asked = mixtures.sample_questions(path)
+    assert len({*asked}) == 4
+    assert all(len(question) <= mixtures.SHORT for question in asked)
+    assert {*asked} <= {*shown(mixtures.validation_mixture(path))}
+    assert mixtures.sample_questions("hub", path) == [*mixtures.QUESTIONS["hub"], *asked]
+
+
+def test_questions_of_ones_own_are_learned_and_judged(library, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("\n".join(f'{{"question": "{i}?", "answer": "#### {i}"}}' for i in range(99)))
+    train, judged = mixtures.rl_tasks(str(path))
+    assert len(train) + len(judged) == 99
+    assert train.reward(train[0], reference(train[0])) == 1
+    assert not {*shown(train)} & {*shown(judged)}
+    (name,) = mixtures.eval_names(str(path))
+    assert len(mixtures.eval_task(name)) == 99
+    with pytest.raises(ValueError, match=r"own\.jsonl:1: nothing to judge"):
+        mixtures.rl_tasks(str(own(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        mixtures.eval_task("none.jsonl")
+
+
+def test_a_task_is_no_file_of_its_name(library, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Arithmetic").write_text(GOOD)
+    assert len(mixtures.eval_task("Arithmetic")) == mixtures.ARITHMETIC_EVAL
+
+
 def test_the_hubs_mixtures_have_the_sizes_of_the_design(library):
     """SmolTalk and MMLU stand in with few rows; every other number is the real one."""
     trained = ("train", "auxiliary_train")
@@ -103,7 +160,7 @@ def test_the_hubs_mixtures_have_the_sizes_of_the_design(library):
 
     with pytest.raises(FileNotFoundError, match="the task sets arc-easy, arc-challenge, mmlu"):
         mixtures.mid_mixture("hub")
-    with pytest.raises(ValueError, match="data 'net': choose one of hub, offline"):
+    with pytest.raises(ValueError, match="data 'net': choose one of hub, offline, or a jsonl file"):
         mixtures.mid_mixture("net")
     try:
         for split in ("train", "test"):
