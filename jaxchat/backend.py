@@ -91,6 +91,8 @@ class DecodeBatch:
     """The sampling parameters of each row; None for rows left alone."""
     stop_ids: frozenset[int]
     """Tokens after which a row waits for the host."""
+    invariant: bool = False
+    """Whether what a row gets must not depend on the others, whatever the dtype rounds."""
 
 
 class DecodeResult(NamedTuple):

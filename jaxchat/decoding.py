@@ -115,9 +115,10 @@ class Decoder:
             penalties=penalties.row_penalties(batch.params),
             with_top=on_host(with_top, bool),
             stops=on_host(stops, bool),
+            most_stops=on_host(_most_stops(batch), jnp.int32),
         )
         assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
-        bucket = _bucket(needed, cache.max_length)
+        bucket = cache.max_length if batch.invariant else _bucket(needed, cache.max_length)
         gains, outputs = self._decode(self.weights(params), cache, inputs, bucket)
         cache = self._keep(cache, gains)
         return DecodeResult(cache, *jax.device_get(outputs if with_top else outputs[:3]))
@@ -178,6 +179,8 @@ class _DecodeInputs(NamedTuple):
     penalties: Penalties
     with_top: Bool[Array, ""]
     stops: Bool[Array, " V"]
+    most_stops: Int[Array, ""]
+    """The dispatch ends when so many rows have stopped."""
 
 
 class _Outputs(NamedTuple):
@@ -290,10 +293,9 @@ def _decode(
         inputs.prompt_lengths,
         model.config.vocab_size,
     )
-    most_stops = jnp.maximum(1, jnp.sum(inputs.budgets > 0) // ROWS_PER_STOP)
 
     def goes_on(loop: _Loop) -> Bool[Array, ""]:
-        return active(loop).any() & (jnp.sum(loop.stopped) < most_stops)
+        return active(loop).any() & (jnp.sum(loop.stopped) < inputs.most_stops)
 
     looks = STEPS_PER_LOOK.get(jax.default_backend(), STEPS_PER_LOOK_ELSEWHERE)
     together = math.gcd(looks, most)  # past the last column nothing may be written
@@ -316,6 +318,13 @@ def _model(graphdef: nnx.GraphDef, params: Params) -> GPT:
     model = bind(graphdef, params)
     assert isinstance(model, GPT)
     return model
+
+
+def _most_stops(batch: DecodeBatch) -> int:
+    """More than there are where the end of a dispatch, at which sums are cut, is no row's own."""
+    if batch.invariant:
+        return len(batch.budgets) + 1
+    return max(1, int(np.sum(batch.budgets > 0)) // ROWS_PER_STOP)
 
 
 def _bucket(length: int, most: int) -> int:

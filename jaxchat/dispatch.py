@@ -12,12 +12,14 @@ from jaxchat.slots import Slot
 
 
 def make_batch(
-    rows: int, active: Sequence[tuple[Slot, int]], *, steps: int, stop_ids: frozenset[int]
+    rows: int,
+    active: Sequence[tuple[Slot, int]],
+    *,
+    steps: int,
+    stop_ids: frozenset[int],
+    invariant: bool = False,
 ) -> DecodeBatch:
-    """The slots that decode, each with the most tokens it may get, as `rows` rows of `steps`.
-
-    `stop_ids` are those of every row; requests add their own.
-    """
+    """The slots that decode, each with the most tokens it may get, as `rows` rows of `steps`."""
     tokens, lengths, budgets, prompt_lengths = (np.zeros(rows, np.int32) for _ in range(4))
     uniforms = np.zeros((rows, steps), np.float32)
     params: list[SamplingParams | None] = [None] * rows
@@ -29,8 +31,9 @@ def make_batch(
         seed = sample.request.params.seed
         uniforms[i] = sampling.uniforms(seed, sample.row, sample.length, steps)
         params[i] = sample.request.params
-        stop_ids |= sample.request.stop_ids
-    return DecodeBatch(tokens, lengths, budgets, uniforms, prompt_lengths, tuple(params), stop_ids)
+    return DecodeBatch(
+        tokens, lengths, budgets, uniforms, prompt_lengths, tuple(params), stop_ids, invariant
+    )
 
 
 def alternatives(result: DecodeResult, row: int, steps: int, count: int) -> list[Alternatives]:

@@ -43,8 +43,14 @@ class Engine:
         slots: int = SLOTS,
         max_length: int | None = None,
         tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+        batch_invariant: bool = False,
     ) -> None:
-        """`max_length`: tokens a prompt and its reply may have; the model's context when None."""
+        """`max_length`: tokens a prompt and its reply may have; the model's context when None.
+
+        `batch_invariant`: a reply is the same whatever else the engine does or has done, in half
+        precision too. Costs time: every step looks at whole rows, no prompt is reused, and a slot
+        whose reply has ended waits for its dispatch to end.
+        """
         context = backend.config.sequence_len
         self.max_length = context if max_length is None else max_length
         if slots < 1 or tokens_per_dispatch < 1 or not 1 <= self.max_length <= context:
@@ -53,7 +59,7 @@ class Engine:
                 f"max_length={self.max_length} between 1 and the model's context of {context}"
             )
         self.backend, self.tokenizer, self.slots = backend, tokenizer, slots
-        self.tokens_per_dispatch = tokens_per_dispatch
+        self.tokens_per_dispatch, self.batch_invariant = tokens_per_dispatch, batch_invariant
         self._eos = frozenset(map(tokenizer.special_id, ("assistant_end", "bos")))
         self._python_end = tokenizer.special_id("python_end")
         self._cache = backend.new_cache(slots, self.max_length)
@@ -237,6 +243,9 @@ class Engine:
     def _admit(self) -> None:
         """Waiting samples into free slots, each where most of its prompt already is."""
         free = [slot for slot in self._slots if slot.sample is None]
+        if self.batch_invariant:
+            for slot in free:
+                slot.held = []  # what another request has left was rounded in other places
         while self._waiting and free:
             sample = self._waiting.popleft()
             slot = max(free, key=lambda s: (common_prefix(s.held, sample.prompt.ids), -s.used))
@@ -302,6 +311,7 @@ class Engine:
             budgets,
             steps=self.tokens_per_dispatch,
             stop_ids=self._eos | {self._python_end},
+            invariant=self.batch_invariant,
         )
         result = self.backend.decode(self._cache, batch)
         self._cache = result.cache
@@ -324,10 +334,8 @@ class Engine:
         """Take in a sampled token: it ends the reply, or waits, with what a tool adds to it."""
         sample = slot.sample
         assert sample is not None
-        ignored = sample.request.params.ignore_eos
-        ends = sample.request.stop_ids | (frozenset() if ignored else self._eos)
         slot.pending = [token]
-        if token in ends:
+        if token in self._eos and not sample.request.params.ignore_eos:
             self._finish(sample, "stop", stop_id=token, logprob=logprob, top=top)
             slot.sample = None
             return

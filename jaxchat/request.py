@@ -24,8 +24,6 @@ class Request:
     """Together with the seed and a token's position, the key of its random number."""
     tools: bool = True
     """Whether calls of the calculator are answered."""
-    stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the reply, besides `assistant_end` and `bos`."""
 
 
 LEAD = {"python": "\n>>> ", "python_output": "\n", "text": "\n"}

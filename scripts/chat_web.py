@@ -47,6 +47,8 @@ class Config:
     """Replies that an engine writes at the same time."""
     max_length: int | None = None
     """Tokens of a prompt and its reply together; the model's context when not set."""
+    batch_invariant: bool = False
+    """Slower, but the same request and seed get the same reply beside any others, in any dtype."""
     temperature: Annotated[float, cli.arg(aliases=["-t"])] = ServerSettings.temperature
     """Of chat requests that name none."""
     top_k: Annotated[int, cli.arg(aliases=["-k"])] = ServerSettings.top_k
@@ -125,7 +127,13 @@ def load_engines(config: Config, stage: str, tag: str) -> list[Engine]:
             stage, backend=config.backend, model_tag=tag, step=config.step, device=device
         )
         engines.append(
-            Engine(model.backend, model.tokenizer, slots=config.slots, max_length=config.max_length)
+            Engine(
+                model.backend,
+                model.tokenizer,
+                slots=config.slots,
+                max_length=config.max_length,
+                batch_invariant=config.batch_invariant,
+            )
         )
     return engines
 

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -19,6 +20,15 @@ from tests.servers import Process, backend, running, tokenizer, torch_backend
 
 def settings(**options):
     return chat_web.server_settings(chat_web.Config(**options), "m")
+
+
+def test_engines_are_what_was_asked_for(monkeypatch):
+    model = SimpleNamespace(backend=backend(), tokenizer=tokenizer())
+    monkeypatch.setattr(chat_web, "load_model", lambda *_, **__: model)
+    for asked in (False, True):
+        config = chat_web.Config(replicas=2, slots=3, max_length=99, batch_invariant=asked)
+        for engine in chat_web.load_engines(config, "sft", "d2"):
+            assert (engine.slots, engine.max_length, engine.batch_invariant) == (3, 99, asked)
 
 
 def test_the_defaults_are_safe(monkeypatch):

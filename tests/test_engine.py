@@ -103,12 +103,6 @@ def test_eos_can_be_ignored():
     assert reply.text.startswith("abc")
 
 
-def test_a_request_may_name_its_own_stop_ids():
-    (comma,) = tokenizer().encode(",")
-    reply = reply_to(script("one", ",", "two"), stop_ids=frozenset({comma}))
-    assert (reply.text, reply.stop_id) == ("one", comma)
-
-
 @pytest.mark.parametrize("dispatch", [1, 100])
 def test_a_tool_call_is_answered_and_the_model_reads_the_answer(dispatch):
     reply = script("12*3 is ", "<python_start>", "12*3", "<python_end>")
@@ -494,11 +488,11 @@ def test_a_new_prompt_takes_the_row_that_was_used_longest_ago():
 
 def test_the_token_that_ends_a_reply_has_the_models_probability():
     """Also where the host samples it, right behind the prompt."""
+    end = tokenizer().special_id("assistant_end")
     for request in requests(8):
-        stops = replace(request, stop_ids=frozenset(range(256)))
-        (reply,) = real_engine().complete([stops])
-        if reply.stop_id is None:
-            continue
+        params = replace(request.params, ignore_eos=False, logit_bias=((end, 100.0),))
+        (reply,) = real_engine().complete([replace(request, params=params)])
+        assert (reply.ids, reply.stop_id) == ([], end)
         scores = real_engine().score_prompt([*request.ids, reply.stop_id])
         assert reply.stop_logprob == pytest.approx(scores.logprobs[-1], abs=1e-4)
         assert reply.stop_logprob < 0

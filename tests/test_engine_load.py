@@ -21,16 +21,19 @@ CONTEXT = 64
 
 @cache
 def backend(name):
-    """Two layers with perturbed weights, the same for both backends, on one device."""
-    config = replace(MODERN, n_layer=2, vocab_size=tokenizer().vocab_size)
-    made = {"jax": JaxBackend, "torch": TorchBackend}[name](config, dtype="float32", device=0)
-    if name == "torch":
-        made.set_params(backend("jax").get_params())
-        return made
-    made.init(0)
-    rng, params = np.random.default_rng(0), made.get_params()
+    """On one device."""
+    return perturbed(name, "float32", context=256)
+
+
+def perturbed(name, dtype, context):
+    """Two layers with perturbed weights, the same for both backends."""
+    config = replace(MODERN, n_layer=2, vocab_size=tokenizer().vocab_size, sequence_len=context)
+    source = JaxBackend(config, device=0)
+    source.init(0)
+    rng, params = np.random.default_rng(0), source.get_params()
     for key in sorted(params):
         params[key] = params[key] + rng.normal(0, 0.1, params[key].shape).astype(np.float32)
+    made = {"jax": JaxBackend, "torch": TorchBackend}[name](config, dtype=dtype, device=0)
     made.set_params(params)
     return made
 
@@ -70,6 +73,51 @@ def test_a_request_gives_the_same_tokens_alone_and_beside_15_others(name):
         (alone,) = engine(name).complete([mixed_requests()[i]])
         assert alone.ids == beside[i].ids
         np.testing.assert_allclose(alone.logprobs, beside[i].logprobs, atol=1e-5)
+
+
+def eager_to_end(bias):
+    return ((tokenizer().special_id("assistant_end"), bias),)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("jax", "float32"), ("jax", "bfloat16"), ("torch", "bfloat16")]
+)
+def test_a_batch_invariant_engine_gives_the_same_bits(name, dtype):
+    """Beside 15 others, some of which end in between, in another slot, and after other prompts."""
+    one_backend = perturbed(name, dtype, context=512)  # two buckets of the cache
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(
+            rng.integers(0, 256, 1 + 22 * i).tolist(),
+            SamplingParams(
+                temperature=i % 2, max_tokens=30 + i, seed=i, logit_bias=eager_to_end(i % 3)
+            ),
+            tools=False,
+        )
+        for i in range(16)
+    ]
+
+    def engine():
+        return Engine(
+            one_backend,
+            tokenizer(),
+            slots=16,
+            max_length=447,  # so that a larger bucket is not merely a row of zeros more
+            tokens_per_dispatch=8,
+            batch_invariant=True,
+        )
+
+    one = engine()
+    beside, turned = one.complete(requests), one.complete(requests[::-1])[::-1]
+    one.complete([replace(request, ids=[*request.ids, *range(60)]) for request in requests])
+    after = one.complete(requests)
+    assert {reply.finish_reason for reply in beside} == {"stop", "length"}
+    assert one.reused_tokens == 0
+    for i in (0, 3, 7, 8, 12, 15):
+        (alone,) = engine().complete([requests[i]])
+        for reply in (beside[i], turned[i], after[i]):
+            assert reply.ids == alone.ids
+            assert reply.logprobs == alone.logprobs
 
 
 def test_both_backends_give_the_same_tokens_and_alternatives():

@@ -58,6 +58,8 @@ def decode(model: GPT, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
             "lower its budget"
         )
     rows = slice(int(live[0]), int(live[-1]) + 1)
+    if batch.invariant:
+        rows, needed = slice(0, size), cache.max_length
     part = read_rows(cache, rows, needed)
     part, sampled = _decode_rows(model, part, batch, rows)
     steps = slice(0, sampled.tokens.shape[1])
