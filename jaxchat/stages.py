@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import Backend, backend_class
+from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
 from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import GPTConfig
 from jaxchat.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def find_checkpoint(source: str, model_tag: str | None = None, step: int | None 
 def load_model(
     source: str,
     *,
-    backend: str,
+    backend: str = DEFAULT_BACKEND,
     model_tag: str | None = None,
     step: int | None = None,
     dtype: str | None = None,

@@ -1,7 +1,9 @@
 """Midtraining and finetuning: what a stage inherits, learns, reports, and continues exactly."""
 
+import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from jaxchat import cli, loss
 from jaxchat import finetune as stage_module
-from jaxchat import loss
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
 from jaxchat.chat_packing import rows_per_epoch
@@ -27,10 +29,12 @@ from jaxchat.tasks.base import TaskMixture
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
+from scripts import chat_sft
 from tests.test_chat_loader import Given
 from tests.test_conversation import SHAPES
 from torch_ref import loss as torch_loss
 
+README = Path(__file__).parents[1] / "README.md"
 TOKENIZER = Tokenizer([bytes([b]) for b in range(256)])
 STEPS, BASE_STEPS = 6, 3
 LENGTH, ROWS = 128, 8  # a row for each of the forced devices
@@ -134,6 +138,27 @@ def test_a_stage_inherits_learns_and_reports(backend, tmp_path):
     assert set(packing.values) == {
         *("data/truncated", "data/dropped", "data/padding", "data/supervised")
     }
+
+
+def test_a_file_of_ones_own_is_taught_and_the_readmes_code_talks_to_the_result(
+    backend, tmp_path, monkeypatch, capsys
+):
+    """Without anything of the project's own in between."""
+    talk = '{"messages": [{"role": "user", "content": "N"}, {"role": "assistant", "content": "b"}]}'
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(talk.replace("N", str(i)) for i in range(100)))
+    words = f"-i base -g tiny --data {path} --epochs 0.1 --backend {backend}".split()
+    chat_sft.main(cli.parse(chat_sft.Config, words))
+    shown = capsys.readouterr().out
+    train, val = CustomJSON(path).split()
+    assert f"conversations (mine.jsonl {len(train)})" in shown
+    assert f"'{val[0]['messages'][0]['content']}' -> " in shown
+    (section,) = (s for s in Report(tmp_path / "base").sections() if s.stage == "chat_sft")
+    assert section.title == "Supervised finetuning (mine.jsonl)"
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), scope := {})
+    assert capsys.readouterr().out.endswith(scope["reply"].text + "\n")
+    assert scope["reply"].ids
 
 
 @pytest.mark.slow
