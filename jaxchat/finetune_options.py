@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from jaxchat import cli
@@ -21,6 +22,10 @@ class FinetuneOptions:
     """Which model of that stage, and the name of the result; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint to start from; the newest when not set."""
+    data: cli.repeatable[tuple[str, ...]] = ()
+    """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
+    identity: Path | None = None
+    """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
 
     num_iterations: int | None = None
     """Optimizer steps; as many as `epochs` take when not set."""

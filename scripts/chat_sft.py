@@ -11,7 +11,6 @@ those of the source's run unless given.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from jaxchat import cli
@@ -37,11 +36,6 @@ class Config(FinetuneOptions):
     """Factor on every learning rate, of those that the base run began with."""
     warmdown_ratio: float = 1.0
     """Share of the run over which the learning rate falls."""
-
-    data: cli.repeatable[tuple[str, ...]] = ()
-    """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
-    identity: Path | None = None
-    """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
 
 
 def main(config: Config) -> None:

@@ -11,7 +11,6 @@ those of the base run unless given.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from jaxchat import cli
 from jaxchat.finetune import Lesson, finetune
@@ -29,11 +28,6 @@ from jaxchat.tasks.mixtures import (
 @dataclass(frozen=True)
 class Config(FinetuneOptions):
     """Every option of midtraining."""
-
-    data: cli.repeatable[tuple[str, ...]] = ()
-    """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
-    identity: Path | None = None
-    """Conversations that say who the model is: a jsonl file of {"messages": [...]}."""
 
 
 def main(config: Config) -> None:
