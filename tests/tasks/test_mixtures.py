@@ -121,6 +121,7 @@ def test_questions_of_ones_own_are_learned_and_judged(library, tmp_path):
     path.write_text("\n".join(f'{{"question": "{i}?", "answer": "#### {i}"}}' for i in range(99)))
     train, judged = mixtures.rl_tasks(str(path))
     assert len(train) + len(judged) == 99
+    assert len(judged) < 20
     assert train.reward(train[0], reference(train[0])) == 1
     assert not {*shown(train)} & {*shown(judged)}
     (name,) = mixtures.eval_names(str(path))
