@@ -131,7 +131,7 @@ def _conversation(found: Any) -> Conversation:
         return {"messages": found}
     if not isinstance(found, Mapping):
         return found
-    if "question" not in found:
+    if "messages" in found or "question" not in found:
         return {"messages": found.get("messages")}
     question, answer, choices = (found.get(name) for name in ("question", "answer", "choices"))
     if not isinstance(question, str):

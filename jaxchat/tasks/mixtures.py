@@ -195,7 +195,8 @@ def rl_tasks(source: str) -> tuple[Task, Task]:
     """What reinforcement learning trains on and what it is judged on."""
     check_source(source)
     if is_own(source):
-        return CustomProblems(source).split()
+        train, judged = CustomProblems(source).split()
+        return train, judged.shuffled(SEED)  # of which the first are asked
     if source == "hub":
         return GSM8K("train"), GSM8K("test")
     return Arithmetic("train", 20_000), Arithmetic("test", ARITHMETIC_EVAL)

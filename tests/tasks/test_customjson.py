@@ -99,9 +99,11 @@ def numbered(count):
 
 def test_a_line_may_be_a_question(tmp_path):
     plain = '{"question": "C++?", "answer": "std::cout << a=b >> c; <<a=b>>", "id": 7}'
-    sums, choice, letter, text = CustomJSON(
-        written(tmp_path, SUM, CHOICE, CHOICE.replace("1}", '"B"}'), plain)
+    both = GOOD.replace("{", '{"question": "a note", ', 1)
+    sums, choice, letter, text, messages = CustomJSON(
+        written(tmp_path, SUM, CHOICE, CHOICE.replace("1}", '"B"}'), plain, both)
     )
+    assert messages == json.loads(GOOD)
     assert list(calls_of(sums)) == [("6*7", "42")]
     assert choice == letter
     assert choice["letters"] == ("A", "B", "C")
