@@ -92,7 +92,7 @@ def claim(directory: Path) -> Iterator[None]:
             file.seek(0)
             raise OSError(
                 f"{directory} is in use by {file.read() or 'another process'}: wait for it, stop "
-                "it, or name this run with --model-tag"
+                "it, or name this run with --output-tag (base_train: --model-tag)"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -155,8 +155,8 @@ class CheckpointStore:
             raise _Mismatch(
                 f"{self.path(step)} belongs to another run:\n  "
                 + "\n  ".join(differing)
-                + "\ncontinue it with its own options, name this run with --model-tag, "
-                "or start over with --resume never"
+                + "\ncontinue it with its own options, name this run with --output-tag "
+                "(base_train: --model-tag), or start over with --resume never"
             )
 
     def save(self, step: int, backend: Backend, meta: Mapping[str, Any]) -> None:

@@ -235,7 +235,7 @@ def _trained_tag(section: Section) -> str | None:
 
 
 def _tag(options: Mapping[str, Any]) -> str | None:
-    named = options.get("model_tag")
-    if named not in (None, "None"):
-        return str(named)
+    for name in ("output_tag", "model_tag"):
+        if options.get(name) not in (None, "None"):
+            return str(options[name])
     return f"d{options['depth']}" if "depth" in options else None

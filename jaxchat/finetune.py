@@ -31,7 +31,7 @@ from jaxchat.progress import OnProgress
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import LoadedModel, load_model, stage_directory
+from jaxchat.stages import LoadedModel, find_output, load_model
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
@@ -152,6 +152,9 @@ def _train(run: _Run) -> None:
 
 def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
     """Load the source and settle what the options leave open."""
+    output = find_output(
+        lesson.stage, options.source, options.model_tag, options.step, options.output_tag
+    )
     model = load_model(
         options.source,
         backend=options.backend,
@@ -199,9 +202,7 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         options=options,
         lesson=lesson,
         model=model,
-        store=CheckpointStore(
-            stage_directory(lesson.stage, model.tag), keep=options.keep_checkpoints
-        ),
+        store=CheckpointStore(output, keep=options.keep_checkpoints),
         inherited=inherited,
         optimizer=optimizer,
         schedule=schedule,
@@ -216,7 +217,7 @@ def _settled(run: _Run) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(run.options).items()
     }
-    return {**options, "model_tag": run.model.tag}
+    return {**options, "model_tag": run.model.tag, "output_tag": run.store.directory.name}
 
 
 def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
@@ -292,7 +293,7 @@ def _report(run: _Run, result: LoopResult) -> None:
         figures=figures,
     )
     runtime.print0(
-        f"{run.model.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "
-        f"validation {figures['val bpb']:.4f} bits per byte, "
+        f"{run.store.directory.name}: {result.step} steps in {result.train_seconds:.0f} s of "
+        f"training, validation {figures['val bpb']:.4f} bits per byte, "
         f"saved in {run.store.path(result.step)}"
     )

@@ -19,9 +19,11 @@ class FinetuneOptions:
     source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
     """Stage of the model to start from: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
-    """Which model of that stage, and the name of the result; the deepest when not set."""
+    """Which model of that stage; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint to start from; the newest when not set."""
+    output_tag: str | None = None
+    """Name of the result; that of the model it is made of when not set."""
     data: cli.repeatable[tuple[str, ...]] = ()
     """hub, offline, or a jsonl file of your own; several are mixed. The hub's if downloaded."""
     identity: Path | None = None

@@ -96,6 +96,23 @@ def find_checkpoint(source: str, model_tag: str | None = None, step: int | None 
     return Found(tag, store, steps[-1] if step is None else step)
 
 
+def find_output(
+    stage: str, source: str, model_tag: str | None, step: int | None, output_tag: str | None
+) -> Path:
+    """Where a stage leaves what it makes of a model: under the model's name, or another.
+
+    Errors of `find_checkpoint`, and ValueError for the model's own place: continued there, a run
+    would take its own result for what it began with.
+    """
+    found = find_checkpoint(source, model_tag, step)
+    if source == stage and output_tag in (None, found.tag):
+        raise ValueError(
+            f"the result would take the place of {source} model {found.tag!r}, of which it is "
+            "made: name it with --output-tag"
+        )
+    return stage_directory(stage, output_tag or found.tag)
+
+
 def load_model(
     source: str,
     *,

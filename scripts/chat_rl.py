@@ -31,7 +31,7 @@ from jaxchat.progress import OnProgress, unheard
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
-from jaxchat.stages import LoadedModel, find_checkpoint, load_model, stage_directory
+from jaxchat.stages import LoadedModel, find_output, load_model
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
 from jaxchat.tracker import METRICS, read_metrics
@@ -52,9 +52,11 @@ class Config:
     source: Annotated[str, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model to start from: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
-    """Which model of that stage, and the name of the result; the deepest when not set."""
+    """Which model of that stage; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint to start from; the newest when not set."""
+    output_tag: str | None = None
+    """Name of the result; that of the model it is made of when not set."""
     data: str | None = None
     """hub (GSM8K), offline (generated), or a jsonl file of your own; the hub's if downloaded."""
 
@@ -120,7 +122,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, measure, and add a section to the report."""
-    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
+    output = find_output("rl", config.source, config.model_tag, config.step, config.output_tag)
     source = config.data or default_source()
     task, judged = rl_tasks(source)
     model = load_model(
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
         step=config.step,
         mesh=config.mesh,
     )
-    store = CheckpointStore(stage_directory("rl", model.tag), keep=config.keep_checkpoints)
+    store = CheckpointStore(output, keep=config.keep_checkpoints)
     with store.claim():
         train(config, model, store, task, judged)
 
@@ -289,8 +291,8 @@ def report(
     )
     shown = ", ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last)
     runtime.print0(
-        f"{model.tag}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; saved in "
-        f"{store.path(result.step)}"
+        f"{store.directory.name}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; "
+        f"saved in {store.path(result.step)}"
     )
 
 

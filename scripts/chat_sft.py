@@ -16,7 +16,7 @@ from typing import Annotated
 from jaxchat import cli
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
-from jaxchat.stages import find_checkpoint
+from jaxchat.stages import find_output
 from jaxchat.tasks.mixtures import (
     default_source,
     sample_questions,
@@ -40,7 +40,8 @@ class Config(FinetuneOptions):
 
 def main(config: Config) -> None:
     """Train on the mixture, and add a section to the report."""
-    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
+    # before slow work
+    find_output("sft", config.source, config.model_tag, config.step, config.output_tag)
     sources = config.data or (default_source(),)
     lesson = Lesson(
         stage="sft",

@@ -99,6 +99,17 @@ def test_a_run_that_starts_over_is_what_is_loaded_later(backend):
     assert CheckpointStore(aside).steps() == [2]
 
 
+def test_the_result_may_have_another_name(backend):
+    run(backend, "--num-iterations", "1", "--output-tag", "other")
+    assert CheckpointStore(stage_directory("rl", "other")).steps() == [1]
+    assert CheckpointStore(stage_directory("rl", "tiny")).steps() == []
+    again = ["-i", "rl", "-g", "other", "--num-iterations", "1"]
+    with pytest.raises(ValueError, match="the place of rl model 'other'"):
+        run(backend, *again)
+    run(backend, *again, "--output-tag", "third")
+    assert CheckpointStore(stage_directory("rl", "third")).steps() == [1]
+
+
 def test_a_mesh_changes_nothing(backend):
     if backend == "torch":
         with pytest.raises(ValueError, match="--mesh fsdp=8: torch divides rows alone"):

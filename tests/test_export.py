@@ -112,9 +112,10 @@ def test_a_failed_export_leaves_nothing(saved, tmp_path, monkeypatch):
     assert list(target.parent.iterdir()) == []
 
 
-def add_reports(base_dir, tag):
+def add_reports(base_dir, tag, output_tag="None"):
     report = Report(base_dir)
-    options = KeyValues({"depth": "2", "model_tag": tag}, "Options")
+    options = {"depth": "2", "model_tag": tag, "output_tag": output_tag}
+    options = KeyValues(options, "Options")
     report.add("chat_sft", "Finetuning", [options], figures={"val loss": 1.25})
     report.add("chat_eval_sft", "Evaluation", [], figures={"ChatCORE": 0.2})
     report.add("base_train", "Pretraining", [], figures={"val bpb": 0.9})
@@ -143,8 +144,9 @@ def test_the_card_tells_how_to_use_the_folder(saved, tmp_path, monkeypatch, caps
     assert "<|user_start|>Why is the sky blue?" in capsys.readouterr().out
 
 
-def test_the_card_does_not_show_another_models_results(saved, base_dir, tmp_path):
-    add_reports(base_dir, "d20")
+@pytest.mark.parametrize("tags", [("d20",), ("d2", "mine")])
+def test_the_card_does_not_show_another_models_results(saved, base_dir, tmp_path, tags):
+    add_reports(base_dir, *tags)
     run(tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert "None were reported." in card and "val loss" not in card

@@ -161,6 +161,18 @@ def test_a_file_of_ones_own_is_taught_and_the_readmes_code_talks_to_the_result(
     assert scope["reply"].ids
 
 
+def test_a_stage_may_go_on_from_its_own_result_under_another_name(backend, tmp_path, capsys):
+    first = teach(backend, num_iterations=1)
+    with pytest.raises(ValueError, match="the place of mid model 'tiny'"):
+        teach(backend, source="mid")
+    teach(backend, source="mid", num_iterations=2, output_tag="more")
+    more = CheckpointStore(stage_directory("mid", "more"))
+    assert (first.steps(), more.steps()) == ([1], [2])
+    assert more.read_meta(2)["source"]["run"] == first.read_meta(1)["run"]
+    assert "\nmore: 2 steps in" in capsys.readouterr().out
+    assert load_model("mid", backend=backend, model_tag="more").tag == "more"
+
+
 @pytest.mark.slow
 def test_a_stopped_stage_continues_exactly(backend):
     """The second half again, from the checkpoint before it: the same losses, bit for bit."""

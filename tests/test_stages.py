@@ -9,6 +9,7 @@ from jaxchat.stages import (
     check_tokenizer,
     find_checkpoint,
     find_model_tag,
+    find_output,
     load_model,
     stage_directory,
 )
@@ -46,6 +47,18 @@ def test_the_newest_step_is_taken_unless_another_is_asked_for(base_dir):
     trained("d4")
     assert find_checkpoint("base").step == 30
     assert find_checkpoint("base", step=10).step == 10
+
+
+def test_a_result_has_the_name_of_its_source_or_another_but_not_its_place(base_dir):
+    trained("d4")
+    assert find_output("mid", "base", None, None, None) == stage_directory("mid", "d4")
+    assert find_output("mid", "base", None, None, "new") == stage_directory("mid", "new")
+    assert find_output("base", "base", None, 20, "new") == stage_directory("base", "new")
+    for output_tag in (None, "d4"):
+        with pytest.raises(ValueError, match=r"the place of base model 'd4'.*--output-tag"):
+            find_output("base", "base", "d4", None, output_tag)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+        find_output("mid", "base", None, 7, None)
 
 
 def test_another_tokenizer_is_refused_by_name(tmp_path):
