@@ -23,7 +23,14 @@ from jaxchat.chat_packing import PackingStats, rows_per_epoch
 from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
-from jaxchat.finetune_options import BASE_OPTIMIZER, FinetuneOptions, Inherited, optimizer_of
+from jaxchat.dataloader import NUM_STREAMS
+from jaxchat.finetune_options import (
+    BASE_OPTIMIZER,
+    FinetuneOptions,
+    Inherited,
+    batch_for,
+    optimizer_of,
+)
 from jaxchat.loss_eval import bits_per_byte, one_pass
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
@@ -170,13 +177,15 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         warmdown_ratio=options.warmdown_ratio,
         final_lr_frac=options.final_lr_frac,
     )
-    batch = options.total_batch_size or inherited.total_batch_size
-    length = model.backend.config.sequence_len
-    if options.num_iterations is None:
-        rows = rows_per_epoch(lesson.train, model.tokenizer, sequence_len=length)
-        steps = max(1, round(options.epochs * rows * length / batch))
-    else:
-        steps = options.num_iterations
+    devices, length = model.backend.devices, model.backend.config.sequence_len
+    tokens = length * rows_per_epoch(lesson.train, model.tokenizer, sequence_len=length)
+    dealt = math.lcm(devices.count, NUM_STREAMS if devices.processes > 1 else 1)
+    batch = options.total_batch_size or batch_for(
+        inherited.total_batch_size,
+        pass_tokens=tokens,
+        unit=length * dealt * (options.device_batch_size or 1),
+    )
+    steps = options.num_iterations or max(1, round(options.epochs * tokens / batch))
     plan = TrainingPlan(
         total_batch_size=batch,
         num_iterations=steps,

@@ -36,7 +36,7 @@ class FinetuneOptions:
     device_batch_size: int | None = None
     """Rows per device and micro-batch; the source's if they divide the batch, or what fits."""
     total_batch_size: int | None = None
-    """Tokens per optimizer step."""
+    """Tokens per optimizer step; the source's when not set, or less for a pass of few steps."""
     embedding_lr: float | None = None
     """Learning rate of the token embedding (AdamW)."""
     unembedding_lr: float | None = None
@@ -86,6 +86,10 @@ class FinetuneOptions:
         )
 
 
+LEAST_STEPS = 10
+"""Steps of a pass below which the source's batch is too large: a few hundred conversations would be
+one step, several times over."""
+
 BASE_OPTIMIZER = "base_optimizer"
 """Where the checkpoints of later stages say what the base run's optimizer was."""
 
@@ -121,6 +125,16 @@ class Inherited:
     def savings_on(self, backend: str) -> Savings:
         """The run's, if this framework trained it: the other has other ways."""
         return self.savings if backend == self.backend else NO_SAVINGS
+
+
+def batch_for(batch: int, *, pass_tokens: float, unit: int) -> int:
+    """`batch` tokens, halved until a pass over the data has `LEAST_STEPS` steps.
+
+    But it stays a multiple of `unit` tokens, a row for every device.
+    """
+    while pass_tokens < LEAST_STEPS * batch and batch % (2 * unit) == 0:
+        batch //= 2
+    return batch
 
 
 def optimizer_of(options: FinetuneOptions, inherited: OptimizerConfig) -> OptimizerConfig:

@@ -20,7 +20,7 @@ from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
 from jaxchat.finetune import Lesson, finetune
-from jaxchat.finetune_options import FinetuneOptions, Inherited, optimizer_of
+from jaxchat.finetune_options import FinetuneOptions, Inherited, batch_for, optimizer_of
 from jaxchat.plan import TrainingPlan
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.stages import load_model, stage_directory
@@ -159,6 +159,44 @@ def test_a_file_of_ones_own_is_taught_and_the_readmes_code_talks_to_the_result(
     exec(compile(code, "README.md", "exec"), scope := {})
     assert capsys.readouterr().out.endswith(scope["reply"].text + "\n")
     assert scope["reply"].ids
+
+
+@pytest.mark.parametrize(
+    ("batch", "pass_tokens", "unit", "expected"),
+    [
+        (1024, 10240, 128, 1024),
+        (1024, 10239, 128, 512),
+        (1024, 3000, 128, 256),
+        (1024, 100, 128, 128),
+        (1024, 100, 1024, 1024),
+        (3 * 1024, 100, 1024, 3 * 1024),
+        (3 * 1024, 100, 128, 3 * 128),
+        (2**19, 45_000, 2048, 4096),
+    ],
+)
+def test_a_batch_leaves_a_pass_ten_steps_where_rows_allow_it(batch, pass_tokens, unit, expected):
+    assert batch_for(batch, pass_tokens=pass_tokens, unit=unit) == expected
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, LENGTH), (2 * LENGTH, 2 * LENGTH)])
+def test_little_data_is_not_one_step_of_many_passes(backend, tmp_path, asked, expected):
+    path = tmp_path / "few.jsonl"
+    path.write_text(
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n' * 9
+    )
+    mixture = TaskMixture([CustomJSON(path)], name="few")
+    if backend == "jax":  # eight devices take a row each
+        asked, expected = asked and 8 * asked, 8 * expected
+    lesson = Lesson("mid", "mid_train", "Few", mixture, mixture, ())
+    finetune(
+        FinetuneOptions(
+            backend=backend, model_tag="tiny", total_batch_size=asked, num_iterations=1
+        ),
+        lesson,
+    )
+    meta = CheckpointStore(stage_directory("mid", "tiny")).read_meta(1)
+    assert meta["plan"]["total_batch_size"] == expected
+    assert meta["plan"]["lr_scale"] == pytest.approx((expected / 2**19) ** 0.5)
 
 
 def test_a_stage_may_go_on_from_its_own_result_under_another_name(backend, tmp_path, capsys):
