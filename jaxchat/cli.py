@@ -7,6 +7,7 @@ its traceback. This is the only module that knows tyro.
 """
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,6 +17,9 @@ import tyro
 from jaxchat.memory import LESS_MEMORY, ran_out_of_memory
 
 ConfigT = TypeVar("ConfigT")
+
+EXIT_BROKEN_PIPE = 128 + 13
+"""As a program that SIGPIPE ends."""
 
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
@@ -50,6 +54,8 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
     try:
         main(config)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(EXIT_BROKEN_PIPE)
         if os.environ.get("JAXCHAT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -62,3 +68,13 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has gone, as in `... | head`; what is left is said to nobody."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    gone = bool(watched.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import docstring_parser
@@ -268,3 +269,32 @@ def test_the_readme_lists_every_setting_of_ours_in_the_environment():
     used = {found for path in code for found in re.findall(rf"\b{name}\b", path.read_text())}
     section = (ROOT / "README.md").read_text().split("## Set by the environment")[1]
     assert used == set(re.findall(rf"`({name})[`=]", section.split("\n## ")[0]))
+
+
+SPEAKER = """
+from dataclasses import dataclass
+from jaxchat import cli
+
+@dataclass(frozen=True)
+class Config:
+    text: str
+
+def main(config):
+    for _ in range(100_000):
+        print(config.text, flush=True)
+    raise BrokenPipeError(32, "another pipe")
+
+cli.run(main, Config)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reader", "status", "said"), [("head -n 1", 141, ""), ("cat", 2, "another pipe")]
+)
+def test_who_stops_reading_gets_no_error(tmp_path, reader, status, said):
+    (tmp_path / "speaker.py").write_text(SPEAKER)
+    shell = f"{sys.executable} {tmp_path}/speaker.py --text a | {reader} >/dev/null"
+    done = subprocess.run(
+        ["bash", "-c", f"{shell}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    assert (done.returncode, said in done.stderr, bool(done.stderr)) == (status, True, bool(said))
