@@ -7,14 +7,16 @@ two produce. Left out: images (the page asks no other origin for anything), raw 
 """
 
 import html
+import itertools
 import math
 import time
 from collections.abc import Sequence
 
 import nh3
 import pygments
-from markdown_it import MarkdownIt
+from markdown_it import MarkdownIt, rules_block
 from markdown_it.renderer import RendererHTML
+from markdown_it.rules_block import StateBlock
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 from pygments.formatters import HtmlFormatter
@@ -27,6 +29,14 @@ time, 22 s for 20,000 empty lines of C."""
 
 MAX_FORMATTED_CHARS = 2**16
 """Longer text stays plain; a reply of 4,096 tokens has about 20,000."""
+
+MAX_CELLS = 10_000
+"""Of all tables of a text, those included that shorter rows lack; what is beyond stays text. A text
+of 64 kB could have two million."""
+
+MAX_GROWTH = 4
+"""Times its length that a text's content and links may have; what grows more stays plain, as one
+long address would that thousands of links name."""
 
 BUDGET_S = 1.0
 """Of a thread's time for the texts of one request; what is left then is shown as it is."""
@@ -55,8 +65,8 @@ LEXERS = {
 }
 """Fence names that are coloured, and the lexer of each; a lexer is only loaded when used."""
 
-DEADLINE = "deadline"
-"""Where the parser's environment holds it."""
+DEADLINE, CELLS = "deadline", "cells"
+"""Where the parser's environment holds it, and how many cells there are."""
 
 TAGS = frozenset(
     ("p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre")
@@ -89,10 +99,15 @@ def to_html(text: str, deadline: float = math.inf) -> str:
     """
     # half a surrogate pair, which JSON can spell and UTF-8 cannot hold, becomes U+FFFD
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    plain = f"<pre>{html.escape(text)}</pre>"
     if len(text) > MAX_FORMATTED_CHARS or time.thread_time() > deadline:
-        return f"<pre>{html.escape(text)}</pre>"
+        return plain
+    env = {DEADLINE: deadline, CELLS: 0}
+    tokens = _PARSER.parse(text, env)
+    if _size(tokens) > MAX_GROWTH * max(len(text), 1000):
+        return plain
     return nh3.clean(
-        _PARSER.render(text, {DEADLINE: deadline}),
+        _PARSER.renderer.render(tokens, _PARSER.options, env),
         tags=set(TAGS),
         attributes=ATTRIBUTES,
         allowed_classes=CLASSES,
@@ -100,6 +115,26 @@ def to_html(text: str, deadline: float = math.inf) -> str:
         link_rel="noopener noreferrer",
         set_tag_attribute_values={"a": {"target": "_blank"}},
     )
+
+
+def _size(tokens: Sequence[Token]) -> int:
+    """Characters of all content and attributes."""
+    return sum(
+        len(token.content)
+        + sum(len(str(value)) for value in token.attrs.values())
+        + _size(token.children or ())
+        for token in tokens
+    )
+
+
+def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """markdown-it's own rule, up to `MAX_CELLS` in a text: it makes the cells that rows lack."""
+    if silent or not rules_block.table(state, start, end, True):
+        return rules_block.table(state, start, end, silent)
+    rows = itertools.takewhile(lambda line: not state.isEmpty(line), range(start, end))
+    columns = state.src.count("|", state.bMarks[start], state.eMarks[start]) + 1
+    state.env[CELLS] += columns * sum(1 for _ in rows)
+    return state.env[CELLS] <= MAX_CELLS and rules_block.table(state, start, end, False)
 
 
 def _code(content: str, language: str, deadline: float) -> str:
@@ -161,3 +196,4 @@ _FORMATTER = HtmlFormatter(nowrap=True)
 _PARSER = MarkdownIt("commonmark", {"html": False, "breaks": True}, renderer_cls=_Renderer).enable(
     ["table", "strikethrough"]
 )
+_PARSER.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})

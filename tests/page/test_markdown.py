@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat.server.markdown import BUDGET_S, MAX_HIGHLIGHTED_CHARS, TAGS, render_all, to_html
+from jaxchat.server.markdown import (
+    BUDGET_S,
+    MAX_FORMATTED_CHARS,
+    MAX_HIGHLIGHTED_CHARS,
+    TAGS,
+    render_all,
+    to_html,
+)
 from tests.page.corpus import XSS
 
 
@@ -115,7 +122,7 @@ def test_no_text_takes_long(text):
     [
         "```c\n" + "\n" * (MAX_HIGHLIGHTED_CHARS - 1) + "```",
         "```java\n" + "a " * (MAX_HIGHLIGHTED_CHARS // 2 - 1) + "\n```",
-        f"|{'a|' * 400}\n|{'-|' * 400}\n" + "|\n" * 160,
+        f"|{'a|' * 90}\n|{'-|' * 90}\n" + "|\n" * 100,
     ],
     ids=["empty lines", "words", "cells"],
 )
@@ -125,6 +132,34 @@ def test_a_request_gets_its_budget_of_time_and_no_more(text):
     assert time.thread_time() - start < 3 * BUDGET_S
     assert shown[-1] == "<pre>*last* &lt;b&gt;</pre>"
     assert render_all(["*last*"]) == ["<p><em>last</em></p>\n"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        (f"|{'a|' * 400}\n|{'-|' * 400}\n" + "|\n" * 160 + "\n") * 33,
+        (f"|{'a|' * 24}\n|{'-|' * 24}\n" + "|\n" * 20 + "\n") * 400,
+        f"[a]: http://{'x' * 32_000}\n\n" + "[a] " * 8000,
+        f"[a]: b '{'x' * 32_000}'\n\n" + "![a] " * 6000,
+    ],
+    ids=["large tables", "small tables", "addresses", "titles"],
+)
+def test_no_text_becomes_many_times_as_long(text):
+    assert len(text) <= MAX_FORMATTED_CHARS
+    start = time.thread_time()
+    shown = to_html(text)
+    assert len(shown) < 12 * len(text)
+    assert time.thread_time() - start < 5  # tables took 50 s, links a gigabyte of memory
+
+
+def test_as_many_cells_as_an_answer_may_have_are_a_table():
+    row = "|" + "a|" * 9 + "\n"
+    shown = to_html(row + "|" + "-|" * 9 + "\n" + row * 900 + "\nbehind")
+    assert shown.count("<td>") == 8100
+    assert shown.endswith("<p>behind</p>\n")
+    twice = to_html((row + "|" + "-|" * 9 + "\n" + row * 600 + "\n") * 2)
+    assert twice.count("<td>") == 5400
+    assert twice.count("<table>") == 1
 
 
 def test_a_text_longer_than_any_answer_stays_plain():
