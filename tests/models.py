@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxchat.config import GPTConfig
@@ -42,6 +43,15 @@ def make_perturbed(config: GPTConfig, *, seed: int = 0, scale: float = 0.1) -> G
         }
 
     return bind(split(GPT(config))[0], jax.jit(draw)())
+
+
+def shaken(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A backend's weights, each with noise that is the same every time."""
+    rng = np.random.default_rng(0)
+    return {
+        name: params[name] + rng.normal(0, 0.1, params[name].shape).astype(np.float32)
+        for name in sorted(params)
+    }
 
 
 def _init(config: GPTConfig, seed: int) -> GPT:

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-import numpy as np
 import torch
 
 from jaxchat.engine import Engine
@@ -21,7 +20,7 @@ from jaxchat.server.app import create_app
 from jaxchat.server.serve import make_server
 from jaxchat.server.settings import ServerSettings
 from jaxchat.tokenizer import Tokenizer
-from tests.models import MODERN
+from tests.models import MODERN, shaken
 from torch_ref.torch_backend import TorchBackend
 
 MODEL = "tiny"
@@ -44,10 +43,7 @@ def backend(device=0):
     config = replace(MODERN, n_layer=2, sequence_len=CONTEXT, vocab_size=tokenizer().vocab_size)
     made = JaxBackend(config, device=device)
     made.init(0)
-    rng, params = np.random.default_rng(0), made.get_params()
-    for name in sorted(params):
-        params[name] = params[name] + rng.normal(0, 0.1, params[name].shape).astype(np.float32)
-    made.set_params(params)
+    made.set_params(shaken(made.get_params()))
     return made
 
 

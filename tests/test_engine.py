@@ -16,7 +16,7 @@ from jaxchat.jax_backend import JaxBackend
 from jaxchat.reply import StopFilter
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.tokenizer import Tokenizer
-from tests.models import MODERN
+from tests.models import MODERN, shaken
 from tests.scripted import ScriptedBackend
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
@@ -327,11 +327,7 @@ def backend():
     config = replace(MODERN, n_layer=2, vocab_size=tokenizer().vocab_size)
     backend = JaxBackend(config)
     backend.init(0)
-    rng = np.random.default_rng(0)
-    params = backend.get_params()
-    for name in sorted(params):
-        params[name] = params[name] + rng.normal(0, 0.1, params[name].shape).astype(np.float32)
-    backend.set_params(params)
+    backend.set_params(shaken(backend.get_params()))
     return backend
 
 

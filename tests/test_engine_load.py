@@ -12,7 +12,7 @@ from jaxchat.engine import Engine
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.request import Request
 from jaxchat.sampling_params import MAX_TOP_K, MAX_TOP_LOGPROBS, SamplingParams
-from tests.models import MODERN
+from tests.models import MODERN, shaken
 from tests.test_engine import tokenizer
 from torch_ref.torch_backend import TorchBackend
 
@@ -31,11 +31,8 @@ def perturbed(name, dtype, context):
     config = replace(MODERN, n_layer=2, vocab_size=tokenizer().vocab_size, sequence_len=context)
     source = JaxBackend(config, device=0)
     source.init(0)
-    rng, params = np.random.default_rng(0), source.get_params()
-    for key in sorted(params):
-        params[key] = params[key] + rng.normal(0, 0.1, params[key].shape).astype(np.float32)
     made = {"jax": JaxBackend, "torch": TorchBackend}[name](config, dtype=dtype, device=0)
-    made.set_params(params)
+    made.set_params(shaken(source.get_params()))
     return made
 
 

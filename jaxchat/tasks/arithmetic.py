@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from jaxchat.conversation import Conversation
 from jaxchat.tasks.answers import MARK, call, same_answer
-from jaxchat.tasks.base import Kind, Task, reference
+from jaxchat.tasks.base import Kind, Task, exchange, reference
 
 SPLITS = ("train", "test")
 TEST_SHARE = 16
@@ -75,12 +75,7 @@ def _conversation(question: str, steps: Sequence[tuple[str, str]]) -> Conversati
         parts += [{"type": "text", "text": said_before + said}, *called]
         said_before = f"{result}\n"
     parts.append({"type": "text", "text": f"{said_before}{MARK} {said_before.strip()}"})
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": parts},
-        ]
-    }
+    return exchange(question, parts)
 
 
 def _expression(rng: random.Random) -> _Problem:

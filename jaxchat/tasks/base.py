@@ -10,8 +10,8 @@ refuses to continue on other data. Left out: tokens (conversation.py), models (t
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal, Self, TypeAlias, overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias, overload
 
 import numpy as np
 
@@ -148,6 +148,16 @@ class TaskMixture(TaskSequence):
         self.__dict__["_chosen"] = np.random.default_rng(seed).permutation(self._examples())
 
 
+def exchange(question: str, answer: str | Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """A conversation of one question and its answer, text or parts."""
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
 def ask_choice(question: str, choices: Sequence[str], gold: int) -> Conversation:
     """A multiple-choice question as a conversation.
 
@@ -163,13 +173,7 @@ def ask_choice(question: str, choices: Sequence[str], gold: int) -> Conversation
         )
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     asked = "\n".join([question, *lines, "", "Which one is right? Say its letter only."])
-    return {
-        "messages": [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": letters[gold]},
-        ],
-        "letters": tuple(letters),
-    }
+    return exchange(asked, letters[gold]) | {"letters": tuple(letters)}
 
 
 def reference(problem: Conversation) -> str:

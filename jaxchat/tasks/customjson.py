@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxchat.conversation import Conversation, check_conversation
 from jaxchat.tasks.answers import MARK, agrees, call_parts, final_words
-from jaxchat.tasks.base import LETTERS, Kind, Task, ask_choice, reference
+from jaxchat.tasks.base import LETTERS, Kind, Task, ask_choice, exchange, reference
 
 IDENTITY = Path(__file__).with_name("identity.jsonl")
 """Who the model is, in conversations written for this project; `--identity FILE` replaces it."""
@@ -140,12 +140,7 @@ def _conversation(found: Any) -> Conversation:
         return _choice(question, choices, answer)
     if not isinstance(answer, str):
         raise ValueError(f"answer must be a string, is {answer!r:.80}")
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": call_parts(answer) if MARK in answer else answer},
-        ]
-    }
+    return exchange(question, call_parts(answer) if MARK in answer else answer)
 
 
 def _choice(question: str, choices: object, answer: object) -> Conversation:

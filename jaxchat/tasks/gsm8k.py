@@ -6,7 +6,7 @@ calculator, which is how the model learns to use it.
 
 from jaxchat.conversation import Conversation
 from jaxchat.tasks.answers import call_parts, same_answer
-from jaxchat.tasks.base import Kind, Task, reference
+from jaxchat.tasks.base import Kind, Task, exchange, reference
 from jaxchat.tasks.hub import HubRows
 
 
@@ -27,12 +27,7 @@ class GSM8K(Task):
 
     def _example(self, index: int) -> Conversation:
         row = self._rows[index]
-        return {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": call_parts(row["answer"])},
-            ]
-        }
+        return exchange(row["question"], call_parts(row["answer"]))
 
     def _identity(self) -> str:
         return self._rows.identity

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxchat.conversation import Conversation
 from jaxchat.execution import SANDBOXES, NoSandbox, Sandbox, open_sandbox
-from jaxchat.tasks.base import Kind, Task
+from jaxchat.tasks.base import Kind, Task, exchange
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _TOP_LEVEL_IMPORT = re.compile(r"^(?:import|from) .*$", re.MULTILINE)
@@ -59,15 +59,8 @@ class HumanEval(Task):
     def _example(self, index: int) -> Conversation:
         row = self._problems[index]
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
-        return {
-            "messages": [
-                {"role": "user", "content": f"Complete this function:\n\n{row['prompt']}"},
-                {"role": "assistant", "content": solution},
-            ],
-            "prompt": row["prompt"],
-            "entry_point": row["entry_point"],
-            "test": row["test"],
-        }
+        tests = {name: row[name] for name in ("prompt", "entry_point", "test")}
+        return exchange(f"Complete this function:\n\n{row['prompt']}", solution) | tests
 
     def _identity(self) -> str:
         return self._digest

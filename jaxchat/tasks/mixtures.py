@@ -7,6 +7,7 @@ file of your own (customjson.py), a part of which is held out wherever it is tra
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from jaxchat.conversation import first_question
@@ -66,6 +67,18 @@ def default_source() -> str:
     return "offline" if missing_sets() else "hub"
 
 
+@lru_cache(maxsize=8)
+def _read(source: str, facts: tuple[int, int] | None) -> tuple[CustomJSON, CustomJSON]:
+    del facts  # a file that has changed since is read anew
+    return CustomJSON(source).split()
+
+
+def _own(source: str) -> tuple[CustomJSON, CustomJSON]:
+    """What is trained on and what is held out of a file, which is read once."""
+    path = Path(source).expanduser()
+    return _read(source, (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None)
+
+
 def is_own(source: str) -> bool:
     """Whether a source names a file."""
     return source not in SOURCES and (source.endswith(".jsonl") or Path(source).is_file())
@@ -110,7 +123,7 @@ def _mixture(
     tasks: list[Task] = []
     for source in sources:
         check_source(source)
-        tasks += [CustomJSON(source).split()[0]] if is_own(source) else tasks_of(source, persona)
+        tasks += [_own(source)[0]] if is_own(source) else tasks_of(source, persona)
     if identity and all(map(is_own, sources)):
         tasks.append(persona)
     return TaskMixture(tasks, seed=SEED, name=title(sources))
@@ -164,7 +177,7 @@ def validation_mixture(*sources: str) -> Task:
     for source in sources:
         check_source(source)
         if is_own(source):
-            tasks.append(CustomJSON(source).split()[1])
+            tasks.append(_own(source)[1])
         elif source == "hub":
             tasks += [SmolTalk("test"), MMLU("test")[:5_200], GSM8K("test")[:420]]
         else:
@@ -187,7 +200,7 @@ def sample_questions(*sources: str) -> list[str]:
 
 def _own_questions(source: str) -> list[str]:
     """The first questions of what is held out, short ones if there are any."""
-    asked = dict.fromkeys(map(first_question, CustomJSON(source).split()[1]))
+    asked = dict.fromkeys(map(first_question, _own(source)[1]))
     return sorted(asked, key=lambda question: len(question) > SHORT)[:OWN_QUESTIONS]
 
 

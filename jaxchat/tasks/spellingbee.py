@@ -10,7 +10,7 @@ import random
 
 from jaxchat.conversation import Conversation
 from jaxchat.tasks.answers import MARK, call, same_answer
-from jaxchat.tasks.base import Kind, Task, reference
+from jaxchat.tasks.base import Kind, Task, exchange, reference
 from jaxchat.tasks.words import words
 
 ASK_COUNT = (
@@ -78,19 +78,12 @@ class SpellingBee(_Words):
         shown = {"word": f"{quote}{word}{quote}", "letter": f"{quote}{letter}{quote}"}
         count = word.count(letter)
         expression = f'"{word}".count("{letter}")'
-        return {
-            "messages": [
-                {"role": "user", "content": rng.choice(ASK_COUNT).format(**shown)},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "text", "text": _count_aloud(word, letter)},
-                        *call(expression),
-                        {"type": "text", "text": f"\n{MARK} {count}"},
-                    ],
-                },
-            ]
-        }
+        parts = [
+            {"type": "text", "text": _count_aloud(word, letter)},
+            *call(expression),
+            {"type": "text", "text": f"\n{MARK} {count}"},
+        ]
+        return exchange(rng.choice(ASK_COUNT).format(**shown), parts)
 
 
 class SimpleSpelling(_Words):
@@ -106,12 +99,7 @@ class SimpleSpelling(_Words):
         word, rng = self._draw(index)
         quote = rng.choice(QUOTES)
         asked = rng.choice(ASK_SPELLING).format(word=f"{quote}{word}{quote}")
-        return {
-            "messages": [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": f"{word}: {', '.join(word)}"},
-            ]
-        }
+        return exchange(asked, f"{word}: {', '.join(word)}")
 
 
 def _count_aloud(word: str, letter: str) -> str:

@@ -15,7 +15,6 @@ import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from playwright.sync_api import expect
 
@@ -24,7 +23,7 @@ from jaxchat.jax_backend import JaxBackend
 from jaxchat.server.settings import ServerSettings
 from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
-from tests.models import MODERN
+from tests.models import MODERN, shaken
 from tests.page.conftest import Chat
 
 CONTEXT = 2048
@@ -102,10 +101,7 @@ def checkpoint(tmp_path_factory):
             replace(MODERN, n_layer=2, sequence_len=CONTEXT, vocab_size=vocab_size)
         )
         backend.init(0)
-        rng, params = np.random.default_rng(0), backend.get_params()
-        for name in sorted(params):
-            noise = rng.normal(0, 0.1, params[name].shape).astype(np.float32)
-            params[name] = params[name] + noise
+        params = shaken(backend.get_params())
         # the end of a turn gets the logit 0, far from the likeliest: every answer is a long one
         for name in ("assistant_end", "bos"):
             params["lm_head.weight"][tokenizer.special_id(name)] = 0
