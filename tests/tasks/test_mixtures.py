@@ -107,6 +107,15 @@ def test_conversations_of_ones_own_stand_alone_or_beside_others(library, tmp_pat
     assert mixtures.title(["offline", str(path)]) == "offline tasks, own.jsonl"
 
 
+def test_a_file_that_has_changed_is_read_anew(library, tmp_path):
+    path = str(own(tmp_path))
+    before = mixtures.sft_mixture(path)
+    own(tmp_path, 150)
+    after = mixtures.sft_mixture(path)
+    assert len(after) > len(before)
+    assert after.fingerprint != before.fingerprint
+
+
 def test_runs_on_ones_own_ask_what_is_held_out(library, tmp_path):
     path = str(own(tmp_path, 300))
     asked = mixtures.sample_questions(path)
