@@ -2,6 +2,7 @@
 start by srun."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -157,6 +158,33 @@ def test_the_jobset_gives_every_pod_what_it_needs():
     [volume] = [v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
     [mount] = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == volume]
     assert PurePath(env["JAXCHAT_BASE_DIR"]).is_relative_to(mount)
+
+
+def instructions(name):
+    """(keyword, rest) of every instruction of an image, continuation lines joined."""
+    text = (RUNS / name).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+def test_the_image_is_what_the_jobset_wants_and_serves():
+    made = instructions("Dockerfile")
+    given = {key: rest for key, rest in made if key != "RUN"}
+    runs = " ".join(rest for key, rest in made if key == "RUN")
+    [workers] = read("jobset.yaml")["spec"]["replicatedJobs"]
+    pod = workers["template"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["workingDir"] == given["WORKDIR"]
+    assert f"--uid {pod['securityContext']['fsGroup']} {given['USER']}" in runs
+    assert "scripts/setup.sh" in runs and (ROOT / "scripts" / "setup.sh").exists()
+    env = dict(word.split("=", 1) for key, rest in made if key == "ENV" for word in rest.split())
+    assert env["JAXCHAT_BASE_DIR"] == given["VOLUME"]
+    assert env["PATH"].split(":")[0] == f"{given['WORKDIR']}/.venv/bin"
+    assert env["UV_NO_DEV"] == "1"
+    served = parse(json.loads(given["CMD"]))
+    assert (served.host, str(served.port)) == ("0.0.0.0", given["EXPOSE"])
+    [told] = commands(comments("Dockerfile").replace("\\\n#", ""))
+    assert told == served
 
 
 def test_the_jobset_starts_again_after_a_loss_and_not_after_an_error():
