@@ -5,7 +5,9 @@ A query sees itself and the `window` positions before it. All kernels compute th
 - `reference`: the masked softmax as the textbook writes it, the oracle of the others;
 - `blocked`: query blocks that slice only the keys they can see, so that work scales with the
   window; the fastest in plain XLA on a CPU (35 ms against 89 for the mask, T 512, window 128);
-- `cudnn`: flash attention on NVIDIA GPUs, half precision only.
+- `cudnn`: flash attention on NVIDIA GPUs, half precision only;
+- `splash`: JAX's own flash attention for TPUs, which skips blocks that nobody sees. Elsewhere it is
+  interpreted, for tests.
 
 Grouped-query attention throughout: H query heads share K key/value heads. Scores and softmax are
 float32 whatever the inputs are.
@@ -13,9 +15,9 @@ float32 whatever the inputs are.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +37,44 @@ MIN_BLOCK = 128
 
 MAX_BLOCKS = 8
 
+TPU_LANES = 128
+"""A TPU's kernels want head widths and lengths in multiples of this."""
+
+SPLASH_BLOCKS = (128, 256, 512)
+"""Queries and keys at a time; larger ones would compute more of a window's corners."""
+
+SPLASH_SIZES = (
+    *("block_q", "block_kv", "block_kv_compute"),
+    *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+)
+
 
 def attention(
     q: Heads, k: KVHeads, v: KVHeads, *, window: int, implementation: str | None = None
 ) -> Heads:
     """Causal self-attention over whole sequences; `implementation=None` picks by device."""
-    kernel = implementation or default_implementation(q.dtype, q.shape[-1])
+    kernel = implementation or default_implementation(q.dtype, q.shape[1], q.shape[-1])
     if kernel == "cudnn":
         return _cudnn_attention(q, k, v, window=window)
+    if kernel == "splash":
+        return _splash_attention(q, k, v, window=window)
     if kernel == "blocked":
         return _blocked_attention(q, k, v, window=window)
     if kernel == "reference":
         return _reference_attention(q, k, v, window=window)
-    raise ValueError(f"attention {kernel!r}: choose cudnn, blocked or reference")
+    raise ValueError(f"attention {kernel!r}: choose cudnn, splash, blocked or reference")
 
 
-def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
-    """cuDNN where it can run (NVIDIA, half precision, its head widths), blocked XLA elsewhere."""
+def default_implementation(dtype: DTypeLike, length: int, head_dim: int) -> str:
+    """The device's flash attention where it can run, blocked XLA elsewhere.
+
+    cuDNN: half precision and its head widths. Splash: whole blocks, and no call that the compiler
+    would have to divide between devices.
+    """
+    if jax.default_backend() == "tpu":
+        fits = head_dim % TPU_LANES == 0 and length % TPU_LANES == 0
+        by_hand = jax.device_count() == 1 or sharding.left_to_the_compiler()
+        return "splash" if fits and by_hand else "blocked"
     half = dtype in (jnp.bfloat16, jnp.float16)
     fits = head_dim % 8 == 0 and head_dim <= (256 if devices.since_hopper() else 128)
     return "cudnn" if jax.default_backend() == "gpu" and half and fits else "blocked"
@@ -103,17 +126,47 @@ def _cudnn_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
         local_window_size=local,
         implementation="cudnn",
     )
-    if sharding.TENSOR in sharding.left_to_the_compiler():
-        # which cannot cut this call along an axis of a mesh whose others are cut by hand
-        heads = P(None, None, sharding.TENSOR)
-        kernel = jax.shard_map(
-            kernel,
-            in_specs=(heads,) * 3,
-            out_specs=heads,
-            axis_names={sharding.TENSOR},
-            check_vma=False,
+    return _each_its_heads(kernel)(q, k, v)
+
+
+def _splash_attention(q: Heads, k: KVHeads, v: KVHeads, *, window: int) -> Heads:
+    """A (w, 0) window covers w + 1 keys here too; the scale is the caller's."""
+    # loads Pallas, which nothing else needs
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, width = q.shape[1], q.shape[3]
+    block = max(size for size in SPLASH_BLOCKS if length % size == 0)
+    sizes: dict[str, Any] = dict.fromkeys(SPLASH_SIZES, block)
+    seen = splash.LocalMask((length, length), (window, 0), 0)
+
+    def kernel(q: Heads, k: KVHeads, v: KVHeads) -> Heads:
+        one_row = splash.make_splash_mha_single_device(
+            splash.MultiHeadMask([seen] * q.shape[2]),
+            block_sizes=splash.BlockSizes(**sizes),
+            interpret=jax.default_backend() != "tpu",
         )
-    return kernel(q, k, v)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * width**-0.5, k, v))
+        out: Any = jax.vmap(one_row)(q, k, v)  # statistics too, where they are asked for
+        return jnp.swapaxes(out, 1, 2)
+
+    return _each_its_heads(kernel)(q, k, v)
+
+
+def _each_its_heads(kernel: Callable[[Heads, KVHeads, KVHeads], Heads]) -> Callable[..., Heads]:
+    """`kernel` on a mesh whose rows are cut by hand.
+
+    The compiler cannot cut such a call along an axis of a mesh whose others are cut by hand.
+    """
+    if sharding.TENSOR not in sharding.left_to_the_compiler():
+        return kernel
+    heads = P(None, None, sharding.TENSOR)
+    return jax.shard_map(
+        kernel,
+        in_specs=(heads,) * 3,
+        out_specs=heads,
+        axis_names={sharding.TENSOR},
+        check_vma=False,
+    )
 
 
 def attend_pieces(q: Heads, pieces: Sequence[Piece]) -> Heads:

@@ -49,5 +49,5 @@ def test_blocked_has_the_gradients_of_the_reference():
 
 def test_an_unknown_kernel_is_named():
     x = jax.numpy.zeros((1, 2, 1, 8))
-    with pytest.raises(ValueError, match="'flash': choose cudnn, blocked or reference"):
+    with pytest.raises(ValueError, match="'flash': choose cudnn, splash, blocked or reference"):
         attention(x, x, x, window=4, implementation="flash")
