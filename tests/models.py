@@ -1,5 +1,6 @@
 """Small models for tests: every switch and shape, no weight at a value that hides a bug."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
@@ -52,6 +53,13 @@ def shaken(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name: params[name] + rng.normal(0, 0.1, params[name].shape).astype(np.float32)
         for name in sorted(params)
     }
+
+
+def assert_same_arrays(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Weights or moments under the same names, bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def _init(config: GPTConfig, seed: int) -> GPT:

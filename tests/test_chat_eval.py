@@ -75,22 +75,24 @@ def test_stages_end_up_side_by_side_in_the_report(trained, capsys):
     assert "| Arithmetic | 0 | 0 |" in text  # the summary
 
 
-def test_a_later_run_keeps_the_other_rows_of_the_same_model_alone(trained):
+def test_a_later_run_keeps_the_other_rows_of_the_same_model_alone(trained, tmp_path):
     def rows():
         (section,) = (s for s in Report(trained).sections() if s.stage == "chat_eval_sft")
         return [row[0] for part in section.parts if hasattr(part, "rows") for row in part.rows]
 
-    spelling = ["-i", "sft", "-a", "SimpleSpelling", "-x", "4", "--slots", "2"]
+    problems = tmp_path / "fruit.jsonl"
+    problems.write_text('{"question": "A fruit?", "choices": ["chair", "fig"], "answer": "B"}\n')
+    fruit = ["-i", "sft", "-a", str(problems)]
     run(["-i", "sft", *ARITHMETIC])
-    run(spelling)
-    assert {"Arithmetic", "SimpleSpelling"} <= set(rows())
+    run(fruit)
+    assert {"Arithmetic", "fruit.jsonl"} <= set(rows())
     store = CheckpointStore(stage_directory("sft", "d2"))
     meta = store.path(7) / "meta.json"
     before = meta.read_text()
     meta.write_text(json.dumps(json.loads(before) | {"run": "trained again"}))
-    run(spelling)
+    run(fruit)
     meta.write_text(before)
-    assert rows() == ["SimpleSpelling"]
+    assert rows() == ["fruit.jsonl"]
 
 
 def test_the_torch_backend_reads_its_own_models_only(trained):

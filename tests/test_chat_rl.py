@@ -13,6 +13,7 @@ from jaxchat.stages import stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tracker import read_metrics
 from scripts import chat_rl
+from tests.models import assert_same_arrays
 from tests.test_finetune import make_base
 
 STEPS = 4
@@ -73,8 +74,7 @@ def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
     shutil.rmtree(store.path(STEPS))
     run(backend)
     assert metrics(store, "train/reward") == rewards
-    for name, value in params(store, backend).items():
-        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+    assert_same_arrays(params(store, backend), weights)
     with pytest.raises(ValueError, match=r"belongs to another run:\n.*temperature 1.0, now 0.5"):
         run(backend, "--temperature", "0.5")
 

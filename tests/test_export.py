@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxchat import export
@@ -16,6 +15,7 @@ from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import Tokenizer
 from scripts import export as export_script
 from scripts import import_model
+from tests.models import assert_same_arrays
 from tests.test_convert import weights, without_padding
 from torch_ref.torch_backend import TorchBackend
 
@@ -87,8 +87,7 @@ def test_an_export_comes_back_bit_for_bit(saved, tmp_path, monkeypatch, base_dir
     import_model.main(import_model.Config(tmp_path / "out", "hf", stage="sft", backend="torch"))
     back = load_model("sft", backend="torch")
     assert back.backend.config == saved.config
-    for name, value in saved.get_params().items():
-        np.testing.assert_array_equal(back.backend.get_params()[name], value, err_msg=name)
+    assert_same_arrays(back.backend.get_params(), saved.get_params())
 
 
 def test_nothing_that_is_there_is_overwritten(saved, tmp_path):

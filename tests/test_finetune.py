@@ -30,6 +30,7 @@ from jaxchat.tasks.customjson import IDENTITY, CustomJSON
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
 from scripts import chat_sft
+from tests.models import assert_same_arrays
 from tests.test_chat_loader import Given
 from tests.test_conversation import SHAPES
 from torch_ref import loss as torch_loss
@@ -222,8 +223,7 @@ def test_a_stopped_stage_continues_exactly(backend):
         shutil.rmtree(store.path(step))
     teach(backend, **options)
     assert metrics(store, "train/loss") == losses
-    for name, value in params(store, backend).items():
-        np.testing.assert_array_equal(value, weights[name], err_msg=name)
+    assert_same_arrays(params(store, backend), weights)
     with pytest.raises(ValueError, match=r"belongs to another run:\n.*matrix_lr"):
         teach(backend, matrix_lr=0.5)
 

@@ -11,7 +11,7 @@ from jaxchat.jax_backend import JaxBackend
 from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import Limits
-from tests.models import MODERN, PRESETS, make_perturbed
+from tests.models import MODERN, PRESETS, assert_same_arrays, make_perturbed
 
 CONFIG = replace(MODERN, n_layer=2)
 PLAN = plan_training(CONFIG, OptimizerConfig(), num_iterations=8, total_batch_size=1024)
@@ -43,8 +43,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
     continued = start(seed=99)
     continued.load(tmp_path / "step")
     assert train(continued, range(3, 6)) == train(whole, range(3, 6))
-    for name, value in whole.get_params().items():
-        np.testing.assert_array_equal(continued.get_params()[name], value, err_msg=name)
+    assert_same_arrays(continued.get_params(), whole.get_params())
 
 
 def test_a_step_compiles_once_even_after_loading(tmp_path):
@@ -141,8 +140,7 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path, mesh):
     other.init(7)
     other.start_training(OptimizerConfig(), PLAN)
     other.load(tmp_path / "step")
-    for name, value in whole.get_params().items():
-        np.testing.assert_array_equal(other.get_params()[name], value, err_msg=name)
+    assert_same_arrays(other.get_params(), whole.get_params())
     np.testing.assert_allclose(train(other, range(2, 6)), train(whole, range(2, 6)), rtol=1e-5)
     ids = np.random.default_rng(9).integers(0, 300, (8, 33)).astype(np.int32)
     ours, theirs = (b.score(ids[:, :-1], ids[:, 1:]).nll for b in (other, whole))

@@ -29,7 +29,7 @@ from jaxchat.params import bind, split
 from jaxchat.plan import plan_training
 from jaxchat.schedule import schedule_at
 from jaxchat.train_step import loss_and_grads
-from tests.models import MODERN, make_perturbed
+from tests.models import MODERN, assert_same_arrays, make_perturbed
 from tests.test_train_step import mesh_of, random_batch
 
 SMALL = replace(MODERN, n_layer=1)
@@ -159,8 +159,7 @@ def test_an_offloaded_optimizer_state_trains_alike(mesh, tmp_path):
     offloaded.save(tmp_path)
     offloaded.wait()
     plain.load(tmp_path)
-    for name, value in offloaded.get_optimizer_state().items():
-        np.testing.assert_array_equal(plain.get_optimizer_state()[name], value, err_msg=name)
+    assert_same_arrays(plain.get_optimizer_state(), offloaded.get_optimizer_state())
     again = JaxBackend(SMALL, mesh=mesh)
     again.init(1)
     again.start_training(OPTIMIZER, PLAN, Savings(offload_optimizer=True))

@@ -14,6 +14,7 @@ import pytest
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
+from tests.models import assert_same_arrays
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -93,8 +94,7 @@ def test_a_run_killed_twice_equals_one_that_was_not(world, uninterrupted, tmp_pa
         _kill_after(world, tmp_path, step=int(rng.integers(1, STEPS)))
     finish(world, tmp_path)
     assert losses(tmp_path) == losses(uninterrupted)
-    for name, value in weights(uninterrupted).items():
-        np.testing.assert_array_equal(weights(tmp_path)[name], value, err_msg=name)
+    assert_same_arrays(weights(tmp_path), weights(uninterrupted))
     assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))
 
 

@@ -17,6 +17,7 @@ from jaxchat.plan import TrainingPlan
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import Limits
+from tests.models import assert_same_arrays
 from torch_ref import attention, device_sampling, loss, runtime, train_step, weights
 from torch_ref.torch_backend import TorchBackend
 
@@ -407,8 +408,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype):
     resumed.start_training(OptimizerConfig(), PLAN)
     resumed.load(tmp_path / "step")
     assert train(resumed, 2, first=2) == train(straight, 2, first=2)
-    for name, x in straight.get_params().items():
-        np.testing.assert_array_equal(resumed.get_params()[name], x)
+    assert_same_arrays(resumed.get_params(), straight.get_params())
     assert [p.name for p in tmp_path.iterdir()] == ["step"]
     if dtype == "float16":  # and its loss scale will grow when the other's does
         assert resumed._loss_scale.good_steps == straight._loss_scale.good_steps == 4
@@ -420,8 +420,7 @@ def test_weights_load_without_optimizer_state(tmp_path):
     backend.save(tmp_path / "step")
     other = TorchBackend(MODERN)
     other.load(tmp_path / "step")
-    for name, x in backend.get_params().items():
-        np.testing.assert_array_equal(other.get_params()[name], x)
+    assert_same_arrays(other.get_params(), backend.get_params())
     other.start_training(OptimizerConfig(), PLAN)
     with pytest.raises(FileNotFoundError, match=r"no optimizer\.pt in"):
         other.load(tmp_path / "step")
@@ -437,8 +436,7 @@ def test_weights_of_another_model_are_listed_and_change_nothing(tmp_path):
     assert "h.0.attn.c_k.weight has shape (64, 64), the model wants (32, 64)" in str(error.value)
     with pytest.raises(ValueError, match="unexpected extra"):
         backend.set_params(before | {"extra": np.zeros(1, np.float32)})
-    for name, x in before.items():
-        np.testing.assert_array_equal(backend.get_params()[name], x)
+    assert_same_arrays(backend.get_params(), before)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
