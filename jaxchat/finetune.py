@@ -38,7 +38,7 @@ from jaxchat.progress import OnProgress
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import LoadedModel, find_output, load_model
+from jaxchat.stages import LoadedModel, find_output, how_to_talk, load_model
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
@@ -306,3 +306,4 @@ def _report(run: _Run, result: LoopResult) -> None:
         f"training, validation {figures['val bpb']:.4f} bits per byte, "
         f"saved in {run.store.path(result.step)}"
     )
+    runtime.print0(how_to_talk(run.lesson.stage, run.store.directory.name))

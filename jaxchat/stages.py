@@ -69,6 +69,11 @@ def find_model_tag(source: str) -> str:
     return max(tags, key=lambda tag: (folder / tag).stat().st_mtime)
 
 
+def how_to_talk(source: str, model_tag: str) -> str:
+    """For the end of a stage: the command that talks to its result."""
+    return f"talk to it: python -m scripts.chat_cli -i {source} -g {model_tag}"
+
+
 class Found(NamedTuple):
     """A checkpoint that is there."""
 

@@ -38,7 +38,7 @@ from jaxchat.report import Report
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import stage_directory
+from jaxchat.stages import how_to_talk, stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
 from jaxchat.training_report import training_parts
@@ -359,6 +359,7 @@ def report(
         f"{config.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "
         f"validation {figures['val bpb']:.4f} bits per byte, saved in {store.path(result.step)}"
     )
+    runtime.print0(how_to_talk("base", config.tag))
 
 
 if __name__ == "__main__":

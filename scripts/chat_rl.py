@@ -31,7 +31,7 @@ from jaxchat.progress import OnProgress, unheard
 from jaxchat.report import Curve, KeyValues, Part, Report
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
-from jaxchat.stages import LoadedModel, find_output, load_model
+from jaxchat.stages import LoadedModel, find_output, how_to_talk, load_model
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
 from jaxchat.tracker import METRICS, read_metrics
@@ -294,6 +294,7 @@ def report(
         f"{store.directory.name}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; "
         f"saved in {store.path(result.step)}"
     )
+    runtime.print0(how_to_talk("rl", store.directory.name))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import docstring_parser
 import pytest
 
 from jaxchat import cli
+from jaxchat.stages import STAGE_FOLDERS, how_to_talk
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("[a-z]*.py"))
@@ -78,6 +79,14 @@ def test_every_stage_of_every_tier_parses(tier):
     assert len(commands) >= 6
     for name, *words in commands:
         parse([f"scripts.{name}", *words])
+
+
+@pytest.mark.parametrize("stage", STAGE_FOLDERS)
+def test_the_command_that_a_stage_ends_with_talks_to_its_result(stage):
+    python, m, *words = shlex.split(how_to_talk(stage, "mine").split(": ")[1])
+    assert (python, m) == ("python", "-m")
+    config = parse(words)
+    assert (config.source, config.model_tag) == (stage, "mine")
 
 
 @pytest.mark.parametrize("script", RESEARCH, ids=lambda path: path.stem)

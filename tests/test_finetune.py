@@ -208,7 +208,8 @@ def test_a_stage_may_go_on_from_its_own_result_under_another_name(backend, tmp_p
     more = CheckpointStore(stage_directory("mid", "more"))
     assert (first.steps(), more.steps()) == ([1], [2])
     assert more.read_meta(2)["source"]["run"] == first.read_meta(1)["run"]
-    assert "\nmore: 2 steps in" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "\nmore: 2 steps in" in told and told.endswith("scripts.chat_cli -i mid -g more\n")
     assert load_model("mid", backend=backend, model_tag="more").tag == "more"
 
 

@@ -22,7 +22,7 @@ WORDS = "the a model reads writes token step loss of and to learns from every"
 OPTIONS = (
     "--depth 1 --aspect-ratio 32 --head-dim 32 --sequence-len 64 --device-batch-size 2 "
     f"--total-batch-size 256 --num-iterations {STEPS} --eval-every 4 --eval-tokens 256 "
-    "--save-every 2 --sample-every None --model-tag tiny"
+    "--save-every 2 --sample-every 100 --model-tag tiny"
 ).split()
 
 
