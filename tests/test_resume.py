@@ -89,13 +89,21 @@ def uninterrupted(world):
 
 def test_a_run_killed_twice_equals_one_that_was_not(world, uninterrupted, tmp_path):
     """SIGKILL right after some step shows up in the metrics, at moments nobody chose."""
+    compiled = compiled_steps(world)
     rng = np.random.default_rng()
     for _ in range(2):
         _kill_after(world, tmp_path, step=int(rng.integers(1, STEPS)))
     finish(world, tmp_path)
+    assert compiled_steps(world) == compiled, "found again through another path to the same folder"
     assert losses(tmp_path) == losses(uninterrupted)
     assert_same_arrays(weights(tmp_path), weights(uninterrupted))
     assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))
+
+
+def compiled_steps(world):
+    found = {path.name for path in (world / "compilation_cache").glob("jit_step-*-cache")}
+    assert found
+    return found
 
 
 def _kill_after(world, base, *, step):
