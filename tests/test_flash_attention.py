@@ -73,8 +73,9 @@ def compare_steps(config, dtype, length, sizes, kernel, monkeypatch, tolerance):
         return jax.tree.leaves(step(params, batch))
 
     for ours, oracle in zip(results(kernel), results("reference"), strict=True):
-        error = np.linalg.norm(ours - oracle)
-        assert error < tolerance * max(np.linalg.norm(oracle), 1e-3)  # the compiler cuts products
+        error = np.linalg.norm(ours - oracle)  # products are cut differently
+        # backout's gradient is none: it takes a share of x from x, which is then normed
+        assert error < tolerance * max(np.linalg.norm(oracle), 1e-2)
 
 
 @pytest.mark.parametrize("sizes", SIZES[::2], ids=str)
