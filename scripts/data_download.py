@@ -11,12 +11,10 @@ and hashes. HF_ENDPOINT, HF_TOKEN and the usual proxy variables are honoured.
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Annotated
 
 from rich.console import Console
@@ -35,6 +33,7 @@ from jaxchat.dataset import HUB_DATASETS, HubDataset, open_corpus
 from jaxchat.report import KeyValues, Report
 from jaxchat.tasks.hub import HUB_SETS
 from jaxchat.tasks.words import WORDS_URL, words_path
+from jaxchat.threads import stoppable
 
 EVAL_BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """The CORE tasks as upstream packs them."""
@@ -167,19 +166,6 @@ def fetch(items: Sequence[Item], config: Config, console: Console) -> None:
             "The same command continues; HF_ENDPOINT names a mirror, and --dataset embedded needs "
             "no network."
         )
-
-
-@contextmanager
-def stoppable(pool: ThreadPoolExecutor) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
-    """A pool that an interrupt empties; its threads look at the event, which is then set."""
-    stop = Event()
-    with pool:
-        try:
-            yield pool, stop
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def fetch_one(

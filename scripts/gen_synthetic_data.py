@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import openai
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxchat import cli
-from jaxchat.progress import make_console
+from jaxchat.progress import make_console, progress_bar
 from jaxchat.synthetic import Message, Unusable, converse, draw_scenario
+from jaxchat.threads import stoppable
 
 ATTEMPTS = 3
 """Scenarios tried for one conversation, when what comes is empty, cut off or there already."""
@@ -83,12 +83,9 @@ class Writer:
         self.client, self.model = client, model
         self.options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
         self.spent: Counter[str] = Counter()
-        self.stop = threading.Event()
         self._lock = threading.Lock()
 
     def __call__(self, messages: Sequence[Message]) -> str:
-        if self.stop.is_set():
-            raise KeyboardInterrupt  # in a thread: the conversation is not worth its end
         given: Any = messages
         try:
             answer = self.client.chat.completions.create(
@@ -196,35 +193,31 @@ def collect(
     def attempt(number: int, trial: int) -> list[Message]:
         key = f"{config.seed}/{number}/{trial}"
         scenario = draw_scenario(key, languages=languages, max_turns=config.max_turns)
-        return converse(writer, about, scenario)
+        return converse(ask, about, scenario)
 
-    bar = Progress(
-        TextColumn("{task.completed:.0f}/{task.total:.0f} conversations"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=make_console(),
-    )
-    with bar, ThreadPoolExecutor(config.workers) as pool:
-        task = bar.add_task("", total=config.num_conversations, completed=len(collection.numbers))
+    def ask(messages: Sequence[Message]) -> str:
+        if stop.is_set():
+            raise KeyboardInterrupt  # in a thread: the conversation is not worth its end
+        return writer(messages)
+
+    with (
+        progress_bar("conversations") as on_progress,
+        stoppable(ThreadPoolExecutor(config.workers)) as (pool, stop),
+    ):
         running = {pool.submit(attempt, number, 0): (number, 0) for number in missing}
         try:
             for future in finished(running):
                 number, trial = running.pop(future)
                 try:
                     collection.add(number, future.result())
-                    bar.advance(task)
                 except Unusable as error:
                     if trial + 1 < ATTEMPTS:
                         running[pool.submit(attempt, number, trial + 1)] = (number, trial + 1)
                     else:
                         failures[str(error)] += 1
+                on_progress(1 - len(running) / config.num_conversations)
         except openai.OpenAIError as error:
             raise OSError(f"{explain(error)}\nThe same command continues.") from error
-        finally:
-            writer.stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
     return failures
 
 

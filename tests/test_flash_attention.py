@@ -24,8 +24,9 @@ from tests.models import MODERN, make_perturbed
 from tests.test_sharding import SIZES, mesh_of
 
 CONFIG = replace(MODERN, n_layer=2, window_pattern="SL")
-WIDE = replace(CONFIG, n_head=2, n_embd=256)
-"""Heads as wide as a TPU wants them."""
+WIDE = replace(CONFIG, n_layer=3, n_head=2, n_embd=256)
+"""Heads as wide as a TPU wants them, and a layer after the one that backout takes away: of two, the
+last would be taken from itself, and backout's gradient be nothing but rounding."""
 
 
 def forward(q, k, v, *_, sliding_window_length, is_training, **_others):
@@ -73,12 +74,11 @@ def compare_steps(config, dtype, length, sizes, kernel, monkeypatch, tolerance):
         return jax.tree.leaves(step(params, batch))
 
     for ours, oracle in zip(results(kernel), results("reference"), strict=True):
-        error = np.linalg.norm(ours - oracle)  # products are cut differently
-        # backout's gradient is none: it takes a share of x from x, which is then normed
-        assert error < tolerance * max(np.linalg.norm(oracle), 1e-2)
+        error = np.linalg.norm(ours - oracle) / np.linalg.norm(oracle)
+        assert error < tolerance  # the compiler cuts products
 
 
-@pytest.mark.parametrize("sizes", SIZES[::2], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_step_on_a_mesh_may_call_cudnn(sizes, on_cpu, monkeypatch):
     compare_steps(CONFIG, jnp.bfloat16, 160, sizes, "cudnn", monkeypatch, 2e-2)
     assert on_cpu == {"forward", "backward"}
