@@ -8,8 +8,8 @@ looked up by name, so `--help` stays fast and a machine needs only the framework
 
 import importlib
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -93,6 +93,32 @@ class DecodeBatch:
     """Tokens after which a row waits for the host."""
     invariant: bool = False
     """Whether what a row gets must not depend on the others, whatever the dtype rounds."""
+
+    @property
+    def with_top(self) -> bool:
+        """Whether any row asks for alternatives."""
+        return any(row is not None and row.top_logprobs for row in self.params)
+
+    def padded(self, rows: int) -> "DecodeBatch":
+        """The same with idle rows behind its own, `rows` in all."""
+        missing = rows - len(self.tokens)
+
+        def longer(x: np.ndarray) -> np.ndarray:
+            return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+
+        return self._with(longer, (*self.params, *[None] * missing)) if missing else self
+
+    def part(self, rows: slice) -> "DecodeBatch":
+        """Some of the rows."""
+        return self._with(lambda x: x[rows], self.params[rows])
+
+    def _with(
+        self,
+        change: Callable[[np.ndarray], np.ndarray],
+        params: tuple[SamplingParams | None, ...],
+    ) -> "DecodeBatch":
+        names = ("tokens", "lengths", "budgets", "uniforms", "prompt_lengths")
+        return replace(self, params=params, **{name: change(getattr(self, name)) for name in names})
 
 
 class DecodeResult(NamedTuple):

@@ -94,8 +94,9 @@ def evaluate_chat(
 ) -> ChatResult:
     """A task on `max_problems` of its problems, drawn fairly (all of them when None).
 
-    `batch_tokens` bounds the padded tokens of a forward, `slots` the replies generated at a time;
-    `on_progress` hears the share that is done. ValueError for a task with nothing to judge.
+    `batch_tokens` bounds the padded tokens of a forward, `slots` the replies that a device writes
+    at a time; `on_progress` hears the share that is done. ValueError for a task with nothing to
+    judge.
     """
     if task.kind == "conversation":
         raise ValueError(f"{task.name} is for training only: it has no judge of replies")
@@ -169,7 +170,8 @@ def _generate(
     slots: int,
     on_progress: OnProgress,
 ) -> ChatResult:
-    engine = Engine(backend, tokenizer, slots=slots)
+    rows = max(1, min(slots * backend.devices.count, len(problems)))
+    engine = Engine(backend, tokenizer, slots=rows)
     room = min(task.max_tokens, engine.max_length // 2)
     prompts, cropped = _prompts(tokenizer, problems, engine.max_length - room)
     params = SamplingParams(max_tokens=room, temperature=0.0)

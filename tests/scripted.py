@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxchat.backend import DecodeBatch, DecodeResult
+from jaxchat.backend import DecodeBatch, DecodeResult, DeviceInfo
 from jaxchat.config import GPTConfig
 
 
@@ -17,6 +17,7 @@ class ScriptedBackend:
     """Says after every text what `next_token` says; counts what it was asked to do."""
 
     name = "scripted"
+    devices = DeviceInfo("cpu", 1, "none", None)
 
     def __init__(self, config: GPTConfig, next_token: Callable[[Sequence[int]], int]) -> None:
         self.config, self.next_token = config, next_token

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from jaxchat.backend import DecodeBatch, DecodeResult, PromptScores
@@ -23,21 +24,35 @@ CHUNK = 64
 @torch.no_grad()
 def prefill(
     model: GPT, cache: KVCache, row: int, ids: np.ndarray, start: int
-) -> tuple[KVCache, np.ndarray]:
-    """See `Backend.prefill`. Raises ValueError when the tokens do not fit into the row."""
-    end = start + len(ids)
-    if not len(ids) or start < 0 or end > cache.max_length:
-        raise ValueError(
-            f"cannot put {len(ids)} tokens at position {start} of a row of {cache.max_length}: "
-            f"give 1 to {cache.max_length - start}"
-        )
+) -> tuple[KVCache, Float[Tensor, " V"]]:
+    """See `Backend.prefill`, whose logits these are, still on the device."""
     rows = slice(row, row + 1)
-    part = read_rows(cache, rows, end)
+    part = read_rows(cache, rows, start + len(ids))
     part = part._replace(lengths=torch.full_like(part.lengths, start))
     tokens = torch.from_numpy(np.asarray(ids, np.int64))[None].to(part.lengths.device)
     hidden, longer = model.hidden(tokens, part)
     assert longer is not None
-    return write_rows(cache, rows, longer), model.logits(hidden[0, -1]).cpu().numpy()
+    return write_rows(cache, rows, longer), model.logits(hidden[0, -1])
+
+
+def check_place(cache: KVCache, ids: np.ndarray, start: int) -> None:
+    """ValueError when tokens do not fit into a row."""
+    if not len(ids) or start < 0 or start + len(ids) > cache.max_length:
+        raise ValueError(
+            f"cannot put {len(ids)} tokens at position {start} of a row of {cache.max_length}: "
+            f"give 1 to {cache.max_length - start}"
+        )
+
+
+def check_room(cache: KVCache, batch: DecodeBatch) -> None:
+    """ValueError when rows would grow beyond the cache."""
+    budgets = np.minimum(batch.budgets, batch.uniforms.shape[1])
+    needed = int((batch.lengths + budgets).max(where=budgets > 0, initial=0))
+    if needed > cache.max_length:
+        raise ValueError(
+            f"a row would hold {needed} tokens, the cache has room for {cache.max_length}: "
+            "lower its budget"
+        )
 
 
 @torch.no_grad()
@@ -52,11 +67,6 @@ def decode(model: GPT, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
     if len(live) == 0:
         return DecodeResult(cache, tokens, logprobs, counts)
     needed = int((batch.lengths + budgets)[live].max())
-    if needed > cache.max_length:
-        raise ValueError(
-            f"a row would hold {needed} tokens, the cache has room for {cache.max_length}: "
-            "lower its budget"
-        )
     rows = slice(int(live[0]), int(live[-1]) + 1)
     if batch.invariant:
         rows, needed = slice(0, size), cache.max_length
@@ -133,7 +143,6 @@ def _decode_rows(
         place(batch.prompt_lengths),
         model.config.vocab_size,
     )
-    with_top = any(row is not None and row.top_logprobs for row in batch.params)
     steps = []
     for step in range(uniforms.shape[1]):
         hidden, longer = model.hidden(newest[:, None], cache, running.long())
@@ -143,7 +152,7 @@ def _decode_rows(
         drawn = device_sampling.sample(choices, params, uniforms[:, step])
         newest = torch.where(running, drawn, newest)
         penalties.add(seen, newest, running)
-        top = device_sampling.alternatives(logits) if with_top else ()
+        top = device_sampling.alternatives(logits) if batch.with_top else ()
         steps.append((newest, device_sampling.logprob(logits, newest), *top))
         counts = counts + running
         stopped = (newest[:, None] == stops).any(dim=1)

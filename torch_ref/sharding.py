@@ -42,6 +42,21 @@ class Ranks:
         dist.all_gather_into_tensor(full, part.contiguous())
         return full
 
+    def send_to_all(self, x: Tensor, owner: int) -> None:
+        """Fill everybody's `x` with that of process `owner`."""
+        if self.world > 1:
+            dist.broadcast(x, owner)
+
+    def send(self, x: Tensor, receiver: int) -> None:
+        """Hand `x` to one process, which calls `receive`."""
+        dist.send(x.contiguous(), receiver)
+
+    def receive(self, like: Tensor, sender: int) -> Tensor:
+        """What a process hands over by `send`, of the shape of `like`."""
+        x = torch.empty_like(like, memory_format=torch.contiguous_format)
+        dist.recv(x, sender)
+        return x
+
     def sum_in_place(self, *tensors: Float[Tensor, "..."]) -> None:
         """Add up over the processes; one collective per tensor, all under way at once."""
         if self.world > 1:

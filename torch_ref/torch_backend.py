@@ -22,7 +22,7 @@ from jaxchat.memory import NO_SAVINGS, Savings
 from jaxchat.plan import TrainingPlan
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
-from torch_ref import decoding, kv_cache, runtime, weights
+from torch_ref import decoding, kv_cache, runtime, spread_rows, weights
 from torch_ref.gpt import GPT
 from torch_ref.kv_cache import KVCache
 from torch_ref.loss import token_scores
@@ -253,18 +253,19 @@ class TorchBackend:
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        return kv_cache.make_cache(self.config, rows, max_length, self.dtype, self.device)
+        own = -(-rows // self.ranks.world)
+        return kv_cache.make_cache(self.config, own, max_length, self.dtype, self.device)
 
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int
     ) -> tuple[KVCache, np.ndarray]:
-        return decoding.prefill(self._decoding_model(), cache, row, ids, start)
+        return spread_rows.prefill(self.ranks, self._decoding_model(), cache, row, ids, start)
 
     def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
-        return kv_cache.copy_row(cache, source, target, length)
+        return spread_rows.copy_row(self.ranks, cache, source, target, length)
 
     def decode(self, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
-        return decoding.decode(self._decoding_model(), cache, batch)
+        return spread_rows.decode(self.ranks, self._decoding_model(), cache, batch)
 
     def score_prompt(self, ids: np.ndarray) -> PromptScores:
         return decoding.score_prompt(self._decoding_model(), ids)

@@ -37,6 +37,7 @@ BOUNDS = {
     "transformers: logits of a padded row": 1e-5,
     "two torch processes: loss and gradient norm": 1e-5,
     "two torch processes: nats per token": 1e-4,
+    "two torch processes: log-probabilities of replies": 1e-5,
     "two torch processes: checkpoint, relative": 1e-4,
     "bfloat16: logits": 0.1,
     "bfloat16: loss, relative": 5e-3,

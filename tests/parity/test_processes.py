@@ -1,8 +1,9 @@
-"""Two processes under gloo train, score and save what one process does."""
+"""Two processes under gloo train, score, save and write what one process does."""
 
 import json
 import os
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ import torch
 import torch.multiprocessing
 
 from jaxchat.config import GPTConfig, OptimizerConfig, ScheduleConfig
+from jaxchat.engine import Engine
 from jaxchat.plan import TrainingPlan
+from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
+from jaxchat.tokenizer import Tokenizer
 from torch_ref.torch_backend import TorchBackend
 
 CONFIG = GPTConfig(sequence_len=256, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
@@ -32,9 +37,8 @@ def batch(step):
     return ids[..., :-1], targets
 
 
-def train(folder, steps, *, resume_from=None, save_as=None):
-    """Losses and gradient norms of a run that may continue a checkpoint and leave one."""
-    backend = TorchBackend(CONFIG, dtype="float32")
+def noisy_backend(config):
+    backend = TorchBackend(config, dtype="float32")
     backend.init(0)
     rng = np.random.default_rng(0)
     noisy = {
@@ -42,6 +46,12 @@ def train(folder, steps, *, resume_from=None, save_as=None):
         for name, x in backend.get_params().items()
     }
     backend.set_params(noisy)
+    return backend
+
+
+def train(folder, steps, *, resume_from=None, save_as=None):
+    """Losses and gradient norms of a run that may continue a checkpoint and leave one."""
+    backend = noisy_backend(CONFIG)
     backend.start_training(OptimizerConfig(), PLAN)
     if resume_from:
         backend.load(folder / resume_from)
@@ -53,6 +63,25 @@ def train(folder, steps, *, resume_from=None, save_as=None):
     if save_as:
         backend.save(folder / save_as)
     return curve, backend
+
+
+def write():
+    """Replies of an engine, and how many rows of its cache this process holds.
+
+    Three slots: of two rows each, one is idle. A prompt is read by one process and its five samples
+    are continued by both; one request alone asks for alternatives.
+    """
+    tokenizer = Tokenizer([bytes([byte]) for byte in range(256)])
+    backend = noisy_backend(replace(CONFIG, vocab_size=tokenizer.vocab_size))
+    free = SamplingParams(max_tokens=20, seed=1, ignore_eos=True)
+    requests = [
+        Request([tokenizer.bos_id, *b"five"], free, n=5),
+        Request([tokenizer.bos_id], replace(free, temperature=0.0, top_logprobs=2)),
+        Request([tokenizer.bos_id, *b"long" * 30], replace(free, repetition_penalty=1.5), n=2),
+    ]
+    engine = Engine(backend, tokenizer, slots=3)
+    replies = engine.complete(requests)
+    return [[r.ids, r.logprobs, r.tops] for r in replies], len(engine._cache.lengths)
 
 
 def one_of_two(rank, port, folder):
@@ -69,6 +98,7 @@ def one_of_two(rank, port, folder):
     curve, backend = train(folder, range(STEPS), save_as="two")
     even, odd = (backend.score(*(x[0, :rows] for x in batch(9))) for rows in (4, 3))
     resumed, _ = train(folder, range(STEPS, STEPS + 2), resume_from="two")
+    (folder / f"written{rank}.json").write_text(json.dumps(write()))
     if rank == 0:
         np.savez(folder / "scores.npz", even=even.nll, odd=odd.nll)
         seen = {"curve": curve, "resumed": resumed, "count": backend.devices.count}
@@ -124,6 +154,23 @@ def test_each_holds_its_share_of_the_optimizer_state(folder, one_process):
     share = json.loads((folder / "seen.json").read_text())["state"]
     assert share["adam"] == pytest.approx(whole["adam"] / 2, rel=1e-3)  # scalars are on both
     assert whole["muon"] / 2 <= share["muon"] <= whole["muon"] * 2 / 3
+
+
+def test_each_writes_its_share_of_the_replies(folder, parity):
+    """All are told all of them, and they are those of one process."""
+    first, second = (json.loads((folder / f"written{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    (replies, rows), (expected, whole) = first, json.loads(json.dumps(write()))
+    assert (rows, whole) == (2, 3)
+    for (ids, logprobs, tops), (ids_alone, logprobs_alone, tops_alone) in zip(
+        replies, expected, strict=True
+    ):
+        assert ids == ids_alone
+        difference = np.abs(np.array(logprobs) - logprobs_alone).max()
+        parity("two torch processes: log-probabilities of replies", difference)
+        assert [[id for id, _ in top] for top in tops] == [
+            [id for id, _ in top] for top in tops_alone
+        ]
 
 
 def test_their_checkpoint_is_whole(folder, one_process, parity):
