@@ -77,7 +77,8 @@ def default_implementation(dtype: DTypeLike, length: int, head_dim: int) -> str:
         return "splash" if fits and by_hand else "blocked"
     half = dtype in (jnp.bfloat16, jnp.float16)
     fits = head_dim % 8 == 0 and head_dim <= (256 if devices.since_hopper() else 128)
-    return "cudnn" if jax.default_backend() == "gpu" and half and fits else "blocked"
+    runs = jax.default_backend() == "gpu" and devices.since_ampere()
+    return "cudnn" if runs and half and fits else "blocked"
 
 
 def cached_attention(

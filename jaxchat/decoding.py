@@ -5,7 +5,8 @@ The one idea: few compiled shapes. A prompt is read in chunks whose lengths come
 bucket that holds what they attend to; everything else that varies is an array. A decode dispatch is
 a `while_loop` that samples up to N tokens per row before the host hears of it, and returns early
 when a row needs the host: behind the end of a reply or a call of a tool. The cache is donated and
-updated in place. Left out: which request sits in which row, and what its tokens mean (engine.py).
+updated in place. Several devices have a share of the rows each (spread_rows.py). Left out: which
+request sits in which row, and what its tokens mean (engine.py).
 """
 
 import math
@@ -17,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchat import device_sampling, devices, kv_cache, penalties
+from jaxchat import device_sampling, devices, kv_cache, penalties, sharding, spread_rows
 from jaxchat.backend import DecodeBatch, DecodeResult
 from jaxchat.config import GPTConfig
 from jaxchat.device_sampling import RowParams
@@ -53,22 +55,31 @@ class Decoder:
         self,
         graphdef: nnx.GraphDef,
         config: GPTConfig,
-        placement: jax.sharding.Sharding | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """`placement` is where the weights are decoded with; None leaves them where they are."""
+        """`mesh`: the devices that share the rows, all of them with the weights; None for one."""
         self.config = config
         self._source: Params | None = None
         self._weights: Params = {}
-        self._cast = jax.jit(partial(_cast, graphdef), out_shardings=placement)
-        self._read = jax.jit(partial(_read, graphdef), static_argnums=4)
-        self._write = jax.jit(_write, static_argnums=3, donate_argnums=0)
+        everywhere = None if mesh is None else sharding.place(mesh, sharding.REPLICATED)
+        self._graphdef, self._everywhere = graphdef, everywhere
+        self._cast = jax.jit(partial(_cast, graphdef), out_shardings=everywhere)
+        read, write, decode = partial(_read, graphdef), _write, partial(_decode, graphdef)
+        keep, copy_row = kv_cache.keep, _copy_row
+        if mesh is not None and sharding.row_shares(mesh) > 1:
+            read, write = spread_rows.reader(mesh, read), spread_rows.writer(mesh, write)
+            decode, keep = spread_rows.decoder(mesh, decode), spread_rows.keeper(mesh, keep)
+            copy_row = spread_rows.copier(mesh)
+        self._read = jax.jit(read, static_argnames="bucket")
+        self._write = jax.jit(write, static_argnames="bucket", donate_argnums=0)
         self._decode = jax.jit(
-            partial(_decode, graphdef),
-            static_argnums=3,
+            decode,
+            static_argnames="bucket",
+            out_shardings=(None, everywhere),
             compiler_options=devices.decode_options(),
         )
-        self._keep = jax.jit(kv_cache.keep, donate_argnums=0)
-        self._copy_row = jax.jit(_copy_row, static_argnums=3, donate_argnums=0)
+        self._keep = jax.jit(keep, donate_argnums=0)
+        self._copy_row = jax.jit(copy_row, static_argnames="bucket", donate_argnums=0)
 
     def prefill(
         self, params: Params, cache: KVCache, row: int, ids: np.ndarray, start: int
@@ -88,45 +99,53 @@ class Decoder:
             padded = np.zeros(min(_ceil(len(chunk), CHUNK_LENGTHS), bucket), np.int32)
             padded[: len(chunk)] = chunk
             where = _Place(*(on_host(x, jnp.int32) for x in (row, begin, len(chunk))))
-            window, logits = self._read(weights, cache, padded, where, bucket)
-            cache = self._write(cache, window, where, bucket)
+            window, logits = self._read(weights, cache, padded, where, bucket=bucket)
+            cache = self._write(cache, window, where, bucket=bucket)
         return cache, np.asarray(logits)
 
     def decode(self, params: Params, cache: KVCache, batch: DecodeBatch) -> DecodeResult:
         """See `Backend.decode`."""
         rows, most = batch.uniforms.shape
-        budgets = np.minimum(batch.budgets, most).astype(np.int32)
+        assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
+        batch = batch.padded(len(cache.lengths))
+        budgets = np.minimum(batch.budgets, most)
         needed = int((batch.lengths + budgets).max(where=budgets > 0, initial=1))
         if needed > cache.max_length:
             raise ValueError(
                 f"a row would hold {needed} tokens, the cache has room for {cache.max_length}: "
                 "lower its budget"
             )
-        with_top = any(row is not None and row.top_logprobs for row in batch.params)
+        bucket = cache.max_length if batch.invariant else _bucket(needed, cache.max_length)
+        gains, outputs = self._decode(
+            self.weights(params), cache, self.inputs(batch), bucket=bucket
+        )
+        cache = self._keep(cache, gains)
+        sampled = jax.device_get(outputs if batch.with_top else outputs[:3])
+        return DecodeResult(cache, *(x[:rows] for x in sampled))
+
+    def inputs(self, batch: DecodeBatch) -> "_DecodeInputs":
+        """A batch as what `_decode` takes."""
+        most = batch.uniforms.shape[1]
         stops = np.zeros(self.config.vocab_size, bool)
         stops[[id for id in batch.stop_ids if id < len(stops)]] = True
-        inputs = _DecodeInputs(
+        return _DecodeInputs(
             tokens=on_host(batch.tokens, jnp.int32),
             lengths=on_host(batch.lengths, jnp.int32),
-            budgets=on_host(budgets, jnp.int32),
+            budgets=on_host(np.minimum(batch.budgets, most), jnp.int32),
             uniforms=on_host(batch.uniforms, jnp.float32),
             prompt_lengths=on_host(batch.prompt_lengths, jnp.int32),
             params=device_sampling.row_params(batch.params),
             penalties=penalties.row_penalties(batch.params),
-            with_top=on_host(with_top, bool),
+            with_top=on_host(batch.with_top, bool),
             stops=on_host(stops, bool),
-            most_stops=on_host(_most_stops(batch), jnp.int32),
+            invariant=on_host(batch.invariant, bool),
         )
-        assert len(batch.params) == rows, f"{len(batch.params)} params for {rows} rows"
-        bucket = cache.max_length if batch.invariant else _bucket(needed, cache.max_length)
-        gains, outputs = self._decode(self.weights(params), cache, inputs, bucket)
-        cache = self._keep(cache, gains)
-        return DecodeResult(cache, *jax.device_get(outputs if with_top else outputs[:3]))
 
     def copy_row(self, cache: KVCache, source: int, target: int, length: int) -> KVCache:
         """See `Backend.copy_row`."""
         bucket = _bucket(length, cache.max_length)
-        return self._copy_row(cache, on_host(source, jnp.int32), on_host(target, jnp.int32), bucket)
+        rows = (on_host(row, jnp.int32) for row in (source, target))
+        return self._copy_row(cache, *rows, bucket=bucket)
 
     def warm_up(self, params: Params, cache: KVCache, steps: int) -> KVCache:
         """See `Backend.warm_up`: every chunk length and every step at the end of every bucket."""
@@ -151,8 +170,17 @@ class Decoder:
     def weights(self, params: Params) -> Params:
         """The weights in the compute dtype, converted once for each set of them."""
         if params is not self._source:
-            self._source, self._weights = params, self._cast(params)
+            ready = self._are_ready(params)
+            self._source, self._weights = params, params if ready else self._cast(params)
         return self._weights
+
+    def _are_ready(self, params: Params) -> bool:
+        """Whether conversion would only copy them, as a jitted function does with its arguments."""
+        dtype, place = _model(self._graphdef, params).dtype, self._everywhere
+        return all(
+            x.dtype == dtype and (place is None or x.sharding.is_equivalent_to(place, x.ndim))
+            for x in params.values()
+        )
 
     def forget_weights(self) -> None:
         """Give their memory back; they are converted anew when they are needed."""
@@ -179,8 +207,7 @@ class _DecodeInputs(NamedTuple):
     penalties: Penalties
     with_top: Bool[Array, ""]
     stops: Bool[Array, " V"]
-    most_stops: Int[Array, ""]
-    """The dispatch ends when so many rows have stopped."""
+    invariant: Bool[Array, ""]
 
 
 class _Outputs(NamedTuple):
@@ -216,6 +243,7 @@ def _read(
     cache: KVCache,
     ids: Int[Array, " T"],
     place: _Place,
+    *,
     bucket: int,
 ) -> tuple[KVCache, Float[Array, " V"]]:
     """The positions of a row that reading a chunk changes, and the logits after it."""
@@ -228,7 +256,7 @@ def _read(
     return kv_cache.read_row(row, jnp.int32(0), first, len(ids)), model.logits(last)[0]
 
 
-def _write(cache: KVCache, window: KVCache, place: _Place, bucket: int) -> KVCache:
+def _write(cache: KVCache, window: KVCache, place: _Place, *, bucket: int) -> KVCache:
     """Put what `_read` changed into the cache, in place.
 
     A program of its own: in one that also reads the row, XLA would work on copies of the cache.
@@ -243,7 +271,7 @@ def _window_start(place: _Place, bucket: int, length: int) -> Int[Array, ""]:
 
 
 def _decode(
-    graphdef: nnx.GraphDef, params: Params, cache: KVCache, inputs: _DecodeInputs, bucket: int
+    graphdef: nnx.GraphDef, params: Params, cache: KVCache, inputs: _DecodeInputs, *, bucket: int
 ) -> tuple[Gains, _Outputs]:
     """What a dispatch adds to the cache, and what it sampled.
 
@@ -294,8 +322,10 @@ def _decode(
         model.config.vocab_size,
     )
 
+    enough = _enough_stops(inputs)
+
     def goes_on(loop: _Loop) -> Bool[Array, ""]:
-        return active(loop).any() & (jnp.sum(loop.stopped) < inputs.most_stops)
+        return active(loop).any() & (jnp.sum(loop.stopped) < enough)
 
     looks = STEPS_PER_LOOK.get(jax.default_backend(), STEPS_PER_LOOK_ELSEWHERE)
     together = math.gcd(looks, most)  # past the last column nothing may be written
@@ -309,7 +339,7 @@ def _decode(
 
 
 def _copy_row(
-    cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], bucket: int
+    cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], *, bucket: int
 ) -> KVCache:
     return kv_cache.write_row(cache, target, 0, kv_cache.read_row(cache, source, 0, bucket))
 
@@ -320,11 +350,11 @@ def _model(graphdef: nnx.GraphDef, params: Params) -> GPT:
     return model
 
 
-def _most_stops(batch: DecodeBatch) -> int:
-    """More than there are where the end of a dispatch, at which sums are cut, is no row's own."""
-    if batch.invariant:
-        return len(batch.budgets) + 1
-    return max(1, int(np.sum(batch.budgets > 0)) // ROWS_PER_STOP)
+def _enough_stops(inputs: _DecodeInputs) -> Int[Array, ""]:
+    """The dispatch ends when so many rows have stopped: never before the last, where neighbours
+    must not decide at which position a row's sums are cut."""
+    some = jnp.maximum(1, jnp.sum(inputs.budgets > 0) // ROWS_PER_STOP)
+    return jnp.where(inputs.invariant, len(inputs.budgets) + 1, some)
 
 
 def _bucket(length: int, most: int) -> int:

@@ -49,8 +49,17 @@ def compute_dtype(explicit: str | None = None) -> DTypeLike:
 
 
 def iteration_dtype() -> DTypeLike:
-    """Precision of Muon's orthogonalisation: bfloat16 where that is fast, float32 on CPU."""
-    return jnp.float32 if _is_cpu() else jnp.bfloat16
+    """Precision of Muon's orthogonalisation: bfloat16 where that is fast, float32 elsewhere."""
+    return jnp.float32 if _is_cpu() or _before_ampere() else jnp.bfloat16
+
+
+def multiply_in(dtype: DTypeLike) -> None:
+    """Let products of float32 be float32, where that is what a model computes in.
+
+    JAX's default is TF32 on a GPU and rounds to bfloat16 on a TPU; PyTorch's is float32.
+    """
+    if dtype == jnp.float32 and not _is_cpu():
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pick(number: int | None) -> list[jax.Device]:
@@ -97,6 +106,11 @@ def claim_memory() -> None:
     Before the first use of a device. XLA_PYTHON_CLIENT_MEM_FRACTION in the environment wins.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+
+
+def since_ampere() -> bool:
+    """NVIDIA's A100, RTX 30, and what came after them."""
+    return _compute_capability() >= 8.0
 
 
 def since_hopper() -> bool:
@@ -146,5 +160,8 @@ def _before_ampere() -> bool:
 
 
 def _compute_capability() -> float:
-    """NVIDIA's number for what a GPU can do; 0 for other devices."""
-    return float(getattr(jax.devices()[0], "compute_capability", 0))
+    """NVIDIA's number for what a GPU can do; 0 for other devices (AMD's have a name instead)."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", 0))
+    except ValueError:
+        return 0.0

@@ -56,6 +56,7 @@ class JaxBackend:
         distributed.join()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
+        devices.multiply_in(self.dtype)
         self._graphdef, self._shapes = _structure(config, self.dtype)
         self.mesh = _make_mesh(config, mesh, device)
         self.devices = devices.describe(self.mesh.size, sharding.row_shares(self.mesh))
@@ -72,7 +73,7 @@ class JaxBackend:
         self._logits = jax.jit(
             partial(_logits, self._graphdef, self.mesh), out_shardings=self._replicated
         )
-        self._decoder = decoding.Decoder(self._graphdef, config, self._replicated)
+        self._decoder = decoding.Decoder(self._graphdef, config, self.mesh)
         self._prompt_scorer = PromptScorer(self._graphdef, config)
         self._writers = {part: ocp.StandardCheckpointer() for part in ("params", "optimizer")}
 
@@ -249,9 +250,10 @@ class JaxBackend:
     # --- generation ----------------------------------------------------------------------------
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        # where the weights are: steps return it there, and a second placement is a second compile
+        shares = sharding.row_shares(self.mesh)
+        rows = shares * math.ceil(rows / shares)
         make = partial(kv_cache.make_cache, self.config, rows, max_length, self.dtype)
-        return jax.jit(make, out_shardings=self._replicated)()
+        return jax.jit(make, out_shardings=sharding.place(self.mesh, sharding.ROWS))()
 
     def prefill(
         self, cache: KVCache, row: int, ids: np.ndarray, start: int

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jaxchat import decoding, kv_cache, sampling
 from jaxchat.backend import DecodeBatch
 from jaxchat.gpt import GPT
+from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
 from jaxchat.sampling_params import SamplingParams
 from tests.models import CLASSIC, MODERN, make_perturbed
@@ -291,6 +292,18 @@ def test_weights_are_converted_once_and_again_when_they_change():
     first = decoder.weights(params)
     assert decoder.weights(params) is first
     assert decoder.weights(dict(params)) is not first
+
+
+def test_weights_that_need_no_conversion_are_not_kept_twice():
+    """Of float32 ones on a CPU that would be as much memory again."""
+    backend = JaxBackend(replace(SMALL, n_layer=1), device=0)
+    backend.init(0)
+    held = backend._decoder.weights(backend.params)
+    assert held is backend.params
+    half = JaxBackend(replace(SMALL, n_layer=1), device=0, dtype="bfloat16")
+    half.init(0)
+    converted = half._decoder.weights(half.params)
+    assert {str(x.dtype) for x in converted.values()} == {"bfloat16"}
 
 
 def test_decoding_in_bfloat16_keeps_the_cache_and_the_stream_in_it():

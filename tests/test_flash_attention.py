@@ -106,21 +106,55 @@ def test_the_kernels_of_a_tpu_equal_the_reference(length, window, heads, kv_head
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "hopper", "kernel"),
+    ("dtype", "head_dim", "capability", "kernel"),
     [
-        ("bfloat16", 128, False, "cudnn"),
-        ("float16", 64, False, "cudnn"),
-        ("float32", 128, True, "blocked"),
-        ("bfloat16", 100, True, "blocked"),
-        ("bfloat16", 192, True, "cudnn"),
-        ("bfloat16", 192, False, "blocked"),
-        ("bfloat16", 264, True, "blocked"),
+        ("bfloat16", 128, "8.6", "cudnn"),
+        ("float16", 64, "8.0", "cudnn"),
+        ("float32", 128, "9.0", "blocked"),
+        ("bfloat16", 100, "9.0", "blocked"),
+        ("bfloat16", 192, "9.0", "cudnn"),
+        ("bfloat16", 192, "8.9", "blocked"),
+        ("bfloat16", 264, "9.0", "blocked"),
+        ("float16", 64, "7.5", "blocked"),  # a T4
+        ("bfloat16", 128, "gfx942", "blocked"),  # AMD's
     ],
 )
-def test_cudnn_is_chosen_for_what_it_can_do(dtype, head_dim, hopper, kernel, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(devices, "since_hopper", lambda: hopper)
+def test_cudnn_is_chosen_for_what_it_can_do(dtype, head_dim, capability, kernel, monkeypatch):
+    pretend_gpu(monkeypatch, capability)
     assert attention.default_implementation(jnp.dtype(dtype), 100, head_dim) == kernel
+
+
+def pretend_gpu(monkeypatch, capability):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    card = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+
+
+@pytest.mark.parametrize(
+    ("capability", "computed", "iterated"),
+    [
+        ("7.5", "float32", "float32"),
+        ("8.0", "bfloat16", "bfloat16"),
+        ("gfx942", "bfloat16", "bfloat16"),
+    ],
+)
+def test_half_precision_is_for_cards_that_are_fast_in_it(
+    capability, computed, iterated, monkeypatch
+):
+    pretend_gpu(monkeypatch, capability)
+    monkeypatch.delenv("JAXCHAT_DTYPE", raising=False)
+    assert devices.compute_dtype() == computed
+    assert jnp.dtype(devices.iteration_dtype()) == iterated
+
+
+@pytest.mark.parametrize(("dtype", "asked"), [("float32", "highest"), ("bfloat16", None)])
+def test_products_of_float32_are_float32_on_a_gpu_too(dtype, asked, monkeypatch):
+    """JAX's own default is TF32 there; PyTorch's is not."""
+    pretend_gpu(monkeypatch, "9.0")
+    seen = {}
+    monkeypatch.setattr(jax.config, "update", seen.__setitem__)
+    devices.multiply_in(jnp.dtype(dtype))
+    assert seen.get("jax_default_matmul_precision") == asked
 
 
 @pytest.mark.parametrize(
