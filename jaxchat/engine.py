@@ -4,8 +4,8 @@ Requests of different lengths share the rows ("slots") of one KV cache. The one 
 list of ids that its row holds and the list of ids that are still to be read. What is pending
 decides what happens next: several ids (a prompt, the output of a tool) are prefilled, one id is
 decoded along with all other slots, up to `tokens_per_dispatch` tokens before the host looks again.
-So a new request joins between two dispatches, a prompt that begins with what a free slot still
-holds is read from there on, and the samples of one prompt share one prefill.
+So a new request joins between two dispatches, a prompt that begins with what any slot holds is read
+from there on, and the samples of one prompt share one prefill.
 
 Left out: threads, queues with limits and time-outs (the server), text of prompts (conversation.py).
 """
@@ -27,6 +27,9 @@ from jaxchat.tokenizer import Tokenizer
 
 SLOTS = 8
 """Rows of the cache, unless told otherwise."""
+
+WORTH_COPYING = 32
+"""Tokens of a prompt that another row holds, from which on they are copied and not read."""
 
 TOKENS_PER_DISPATCH = 16
 """Tokens per row between two looks of the host: at d6 on a CPU, 60-130 ms."""
@@ -241,19 +244,22 @@ class Engine:
     # --- scheduling ----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Waiting samples into free slots, each where most of its prompt already is."""
+        """Waiting samples into free slots.
+
+        A conversation goes on in the row that holds it. Another one, however it begins, takes the
+        row that was used longest ago.
+        """
         free = [slot for slot in self._slots if slot.sample is None]
         if self.batch_invariant:
             for slot in free:
                 slot.held = []  # what another request has left was rounded in other places
         while self._waiting and free:
             sample = self._waiting.popleft()
-            slot = max(free, key=lambda s: (common_prefix(s.held, sample.prompt.ids), -s.used))
+            slot = max(free, key=lambda s: (s.worth(sample.prompt.ids), -s.used))
             free.remove(slot)
             self._count_use(slot)
             slot.start(sample)
             self.prompt_tokens += len(sample.prompt.ids)
-            self.reused_tokens += len(slot.held)
 
     def _count_use(self, slot: Slot) -> None:
         slot.used = max(other.used for other in self._slots) + 1
@@ -264,6 +270,7 @@ class Engine:
         assert sample is not None
         logits = self._read(slot) if slot.started else self._read_prompt(slot, sample.prompt)
         slot.started = True
+        _check_finite(logits)
         params = sample.request.params
         uniform = sampling.uniform(params.seed, sample.row, sample.length)
         length = len(sample.prompt.ids)
@@ -279,16 +286,27 @@ class Engine:
         return logits
 
     def _read_prompt(self, slot: Slot, prompt: Prompt) -> np.ndarray:
-        """The logits after a prompt; the row is a copy where another sample has read it before."""
+        """The logits after a prompt, of which no more is read than no row holds."""
         length = len(prompt.ids)
-        holders = [s for s in (slot, *self._slots) if s.held[:length] == prompt.ids]
-        if prompt.logits is None or not holders:
+        known = length if prompt.logits is not None else length - 1  # the last is read for these
+        source, shared = self._longest_prefix(slot, prompt)
+        shared = min(shared, known)
+        worth_it = shared == length or shared >= len(slot.held) + WORTH_COPYING
+        if source is not slot and worth_it:
+            self._cache = self.backend.copy_row(self._cache, source.index, slot.index, shared)
+            slot.held, slot.pending = prompt.ids[:shared], prompt.ids[shared:]
+        self.reused_tokens += len(slot.held)
+        if prompt.logits is None or slot.pending:
             prompt.logits = self._read(slot)
-        elif holders[0] is not slot:
-            source = holders[0].index
-            self._cache = self.backend.copy_row(self._cache, source, slot.index, length)
-            slot.held = list(prompt.ids)
         return prompt.logits
+
+    def _longest_prefix(self, slot: Slot, prompt: Prompt) -> tuple[Slot, int]:
+        """The slot with most of a prompt's beginning, the given one where none has more."""
+        others = self._slots
+        if self.batch_invariant:  # what another request reads is rounded in other places
+            others = [s for s in others if s.sample is not None and s.sample.prompt is prompt]
+        lengths = {s: common_prefix(s.held, prompt.ids) for s in (slot, *others)}
+        return max(lengths.items(), key=lambda found: found[1])
 
     def _next_to_decode(self) -> Sequence[Slot]:
         """All slots, or one that is suspected of having made them fail."""
@@ -321,6 +339,7 @@ class Engine:
             count = int(result.counts[slot.index])
             tokens = result.tokens[slot.index, :count].tolist()
             logprobs = result.logprobs[slot.index, :count].tolist()
+            _check_finite(logprobs)
             tops = alternatives(result, slot.index, count, sample.request.params.top_logprobs)
             for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
                 slot.held += slot.pending
@@ -385,4 +404,13 @@ class Engine:
                 stop_id=stop_id,
                 top=top,
             )
+        )
+
+
+def _check_finite(scores: np.ndarray | Sequence[float]) -> None:
+    """ValueError for what no token can be chosen by; it would spoil whoever uses the row next."""
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged, or too large for its "
+            "dtype (JAXCHAT_DTYPE=float32 has room)"
         )

@@ -62,6 +62,16 @@ class Slot:
         self.held, self.pending = ids[:kept], ids[kept:]
         self.sample, self.started = sample, False
 
+    def worth(self, ids: Sequence[int]) -> int:
+        """Tokens of a prompt that the row holds, where it goes on or goes back; 0 otherwise.
+
+        Every conversation begins like every other one: what two of them share is no reason to lose
+        the rest of the first.
+        """
+        shared = common_prefix(self.held, ids)
+        goes_on, goes_back = 2 * shared >= len(self.held), shared >= len(ids) - 1
+        return shared if goes_on or goes_back else 0
+
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two sequences share from the start."""

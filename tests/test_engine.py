@@ -482,6 +482,78 @@ def test_a_new_prompt_takes_the_row_that_was_used_longest_ago():
     assert engine.reused_tokens == 5
 
 
+def scripted_engine(slots):
+    backend = ScriptedBackend(
+        GPTConfig(sequence_len=512, vocab_size=tokenizer().vocab_size),
+        lambda held: special("assistant_end") if len(held) % 10 == 0 else 65,
+    )
+    return Engine(backend, tokenizer(), slots=slots)
+
+
+def test_conversations_that_take_turns_keep_their_rows():
+    """All begin alike, with the two tokens of every chat: that is no reason to lose the others."""
+    engine = scripted_engine(slots=3)
+    texts = {first: [1, 2, *[first] * 4] for first in (11, 12, 13)}
+    for turn in range(4):
+        for first, text in texts.items():
+            read = len(engine.backend.prefills)
+            (reply,) = engine.complete([Request(text, GREEDY)])
+            row, start, count = engine.backend.prefills[read]
+            if turn:
+                assert (row, start + count) == (first - 11, len(text))
+                assert count <= 7, "its own turn, and the end of the reply before it"
+            text += [*reply.ids, reply.stop_id, *[first] * 5]
+    assert engine.reused_tokens > 0.6 * engine.prompt_tokens
+
+
+def test_what_prompts_share_is_copied_and_read_once():
+    """A long instruction before eight questions at once; and the answers are those of one alone."""
+    engine, instruction = scripted_engine(slots=4), list(range(3, 103))
+    questions = [Request([*instruction, 200 + i, 7], GREEDY) for i in range(8)]
+    replies = engine.complete(questions)
+    assert [count for _, _, count in engine.backend.prefills] == [102] + 7 * [2]
+    assert engine.backend.copies == 3, "one row read it, three have copied it"
+    assert engine.reused_tokens == 700
+    for question, reply in zip(questions, replies, strict=True):
+        assert reply.ids == scripted_engine(slots=1).complete([question])[0].ids
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_an_invariant_engine_copies_from_siblings_alone(invariant):
+    """A row that another request reads and decodes was rounded in other places."""
+    sources = []
+
+    class Spied(ScriptedBackend):
+        def copy_row(self, cache, source, target, length):
+            sources.append(source)
+            return super().copy_row(cache, source, target, length)
+
+    config = GPTConfig(sequence_len=512, vocab_size=tokenizer().vocab_size)
+    backend = Spied(config, lambda held: 65)
+    engine = Engine(backend, tokenizer(), slots=3, batch_invariant=invariant)
+    begin = list(range(3, 80))
+    engine.submit(Request([*begin, 100, 101], replace(GREEDY, max_tokens=100)))
+    engine.step()
+    engine.submit(Request(begin, GREEDY, n=2))
+    engine.step()
+    assert sources == ([1] if invariant else [0, 0])
+
+
+def test_numbers_that_are_not_finite_end_their_request_and_say_so():
+    """The model of a damaged file, or one too large for its dtype, is not sampled from."""
+
+    class Damaged(ScriptedBackend):
+        def _logits(self, held):
+            return np.full_like(super()._logits(held), np.nan)
+
+    config = GPTConfig(sequence_len=64, vocab_size=tokenizer().vocab_size)
+    engine = Engine(Damaged(config, lambda held: 65), tokenizer(), slots=1)
+    number = engine.submit(Request([1, 2], GREEDY))
+    with pytest.raises(ValueError, match=r"logits are not finite.*JAXCHAT_DTYPE=float32"):
+        engine.step()
+    assert [(event.request, event.finish_reason) for event in engine.reset()] == [(number, "error")]
+
+
 def test_the_token_that_ends_a_reply_has_the_models_probability():
     """Also where the host samples it, right behind the prompt."""
     end = tokenizer().special_id("assistant_end")
