@@ -22,7 +22,6 @@ from jaxchat import sampling
 from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig
 from jaxchat.sampling_params import SamplingParams
 from torch_ref import attention as kernels
-from torch_ref import kv_cache
 from torch_ref.kv_cache import KVCache
 from torch_ref.remat import recomputed
 
@@ -37,7 +36,10 @@ def norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
 def rotary_angles(
     positions: Int[Tensor, "B T"], head_dim: int, base: float
 ) -> tuple[Float[Tensor, "B T 1 C"], Float[Tensor, "B T 1 C"]]:
-    """Cosine, and sine with its sign, of each channel's rotation: one frequency per pair."""
+    """Cosine, and sine with its sign, of each channel's rotation: one frequency per pair.
+
+    Computed at every call; JAX has constants in a compiled step.
+    """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions[:, :, None, None].float() * base ** -(channels / head_dim)
     cos, sin = torch.cos(angles), torch.sin(angles)
@@ -130,12 +132,8 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             stored, y = None, kernels.attention(q, k, v, window=self.window)
         else:
-            stored = (
-                kv_cache.append(cache.keys[self.layer], k, cache.lengths, valid),
-                kv_cache.append(cache.values[self.layer], v, cache.lengths, valid),
-            )
-            positions = cache.lengths[:, None] + torch.arange(length, device=x.device)
-            y = kernels.cached_attention(q, *stored, positions, window=self.window)
+            # written in place; JAX returns what it has stored, and steps that decode add to a copy
+            y, stored = cache.attend(self.layer, q, k, v, valid, self.window)
         return self.c_proj(y.reshape(rows, length, -1)), stored
 
 
@@ -284,7 +282,7 @@ class GPT(nn.Module):
 
     def _embed_newest(self, cache: KVCache) -> Float[Tensor, "B 1 D"]:
         """The un-smeared embedding of each row's last token; zero where a row is empty."""
-        embedded = self._embed(kv_cache.newest_ids(cache)[:, None])
+        embedded = self._embed(cache.newest_ids()[:, None])
         return torch.where((cache.lengths > 0)[:, None, None], embedded, 0.0)
 
     def _smear(self, x: Float[Tensor, "B T D"], cache: KVCache | None) -> Float[Tensor, "B T D"]:

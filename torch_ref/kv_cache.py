@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from jaxchat.config import GPTConfig
+from torch_ref.attention import Heads, KVHeads, cached_attention
 
 
 class KVCache(NamedTuple):
@@ -32,6 +33,18 @@ class KVCache(NamedTuple):
     def max_length(self) -> int:
         return self.ids.shape[2]
 
+    def attend(
+        self, layer: int, q: Heads, k: KVHeads, v: KVHeads, valid: Int[Tensor, " B"], window: int
+    ) -> tuple[Heads, tuple[Tensor, Tensor]]:
+        """What queries find when their own keys and values are there too; and the layer with these.
+
+        Row b's queries continue it at `lengths[b]`; the first `valid[b]` of them are stored.
+        """
+        keys = append(self.keys[layer], k, self.lengths, valid)
+        values = append(self.values[layer], v, self.lengths, valid)
+        positions = self.lengths[:, None] + torch.arange(q.shape[1], device=q.device)
+        return cached_attention(q, keys, values, positions, window=window), (keys, values)
+
     def advance(
         self,
         stored: list[tuple[Tensor, Tensor]],
@@ -42,6 +55,12 @@ class KVCache(NamedTuple):
         keys, values = zip(*stored, strict=True)
         held = append(self.ids, ids[:, :, None, None], self.lengths, valid)
         return KVCache(keys, values, held, self.lengths + valid)
+
+    def newest_ids(self) -> Int[Tensor, " B"]:
+        """The last token of every row; 0 in an empty one."""
+        last = (self.lengths - 1).clamp(0, self.max_length - 1)
+        ids = self.ids[:, 0, :, 0].gather(1, last[:, None])[:, 0]
+        return torch.where(self.lengths > 0, ids, 0)
 
 
 def make_cache(
@@ -78,13 +97,6 @@ def append(
     write = ((source >= 0) & (source < counts[:, None]))[:, :, None, None]
     stored[rows, :, slots] = torch.where(write, fresh, stored[rows, :, slots])
     return stored
-
-
-def newest_ids(cache: KVCache) -> Int[Tensor, " B"]:
-    """The last token of every row; 0 in an empty one."""
-    last = (cache.lengths - 1).clamp(0, cache.max_length - 1)
-    ids = cache.ids[:, 0, :, 0].gather(1, last[:, None])[:, 0]
-    return torch.where(cache.lengths > 0, ids, 0)
 
 
 def read_rows(cache: KVCache, rows: slice, max_length: int) -> KVCache:

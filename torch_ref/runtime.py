@@ -1,6 +1,6 @@
 """The machine as PyTorch sees it: which device, in which compute dtype.
 
-The twin of `jaxchat/runtime.py`, whose framework-free half (names, peak speeds) it uses.
+The twin of `jaxchat/devices.py`; names and peak speeds are `jaxchat/runtime.py`'s.
 """
 
 import os
