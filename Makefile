@@ -4,6 +4,7 @@
 
 # what setup finds or makes, also where the caller's PATH lacks it
 BIN = .venv/bin
+UV_PATH = PATH="$$HOME/.local/bin:$$PATH"
 CARGO = PATH="$$HOME/.cargo/bin:$$PATH" cargo
 
 setup:
@@ -62,5 +63,5 @@ bench: setup
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.tokenizer
+	$(UV_PATH) $(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m scripts.infer_bench --depth 6 --vocab-size 8192 --sequence-len 512 --sequential 16

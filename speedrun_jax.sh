@@ -128,7 +128,33 @@ started=$SECONDS
 . scripts/setup.sh ${extras[@]+"${extras[@]}"}
 echo "environment ready in $((SECONDS - started)) s"
 
+# Better now than after hours of downloads.
+if ((gpus)) && [[ -z "${JAX_PLATFORMS:-}" ]]; then
+    .venv/bin/python -c "import jax; jax.devices('cuda')" || {
+        echo "error: nvidia-smi finds a GPU and JAX does not. Its CUDA 13 needs NVIDIA's driver 580 or" >&2
+        echo "       later and a card since Turing (RTX 20, T4). To train without: JAX_PLATFORMS=cpu" >&2
+        echo "       JAXCHAT_TIER=cpu bash speedrun_jax.sh" >&2
+        exit 2
+    }
+fi
+
 # --- The stages -----------------------------------------------------------------------------------
+
+# Run a program that hears of SIGTERM and Ctrl-C when this shell does, and wait for its end: training
+# saves. In the foreground it would not, when the shell alone is told: by `docker stop`, for one.
+attend() {
+    local status=0
+    "$@" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do # the signal has ended the wait alone
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT
+    return "$status"
+}
 
 # stage NAME ARGUMENTS...: run `python -m scripts.NAME ARGUMENTS`, unless the ledger says that this
 # very command has finished and nothing before it has run anew. A script that runs on several
@@ -147,7 +173,7 @@ stage() {
     anew=1
     rm -f "$mark"
     echo "--- $command"
-    .venv/bin/python -m "scripts.$1" "${@:2}"
+    attend .venv/bin/python -m "scripts.$1" "${@:2}"
     echo "$command" >"$mark"
 }
 

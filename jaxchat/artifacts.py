@@ -187,8 +187,8 @@ def download(
 ) -> Path:
     """Fetch a file to `path`, or return at once when it is there.
 
-    Continues a `.part` of an earlier attempt. `on_bytes` hears how many bytes have come (negative
-    when some are thrown away). `timeout` is the longest silence in seconds; attempt k waits up to
+    Continues a `.part` of an earlier call, whose bytes `on_bytes` hears of first, and then of those
+    that come (negative when some are thrown away). `timeout` is the longest silence in seconds; attempt k waits up to
     backoff x 2^k seconds, as long as the server asks with Retry-After at least. OSError when the
     server says no for good or all attempts fail; the part is kept.
     """
@@ -196,6 +196,7 @@ def download(
         if path.exists():
             return path
         part = path.with_name(f"{path.name}.part")
+        on_bytes(part.stat().st_size if part.exists() else 0)
         attempt = 0
         while True:
             before = part.stat().st_size if part.exists() else 0

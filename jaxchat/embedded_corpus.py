@@ -1,6 +1,6 @@
 """The embedded corpus: the documentation of the libraries that this project runs on.
 
-About 20 MB of real English that arrives with `uv sync` itself: docstrings of 200 characters or
+About 25 MB of real English that arrives with `uv sync` itself: docstrings of 200 characters or
 more, read from the installed sources without importing them, plus the language reference in
 `pydoc_data.topics`. No network, nothing vendored, all permissively licensed. Documents of one
 module stay on one side of the train/validation split.

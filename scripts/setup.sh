@@ -5,9 +5,10 @@
 
 export PATH="$HOME/.local/bin:$HOME/.cargo/bin:$PATH"
 
-if ! command -v cargo >/dev/null; then
-    echo "error: no Rust toolchain (cargo) found, and the tokenizer is built from source." >&2
-    echo "       Install one with: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2
+rust="$(cargo --version 2>/dev/null | cut -d' ' -f2 || true)"
+if [[ "$(printf '%s\n' 1.83 "${rust:-0}" | sort -V | head -1)" != 1.83 ]]; then
+    echo "error: the tokenizer is built from source by Rust 1.83 or later; found: ${rust:-none}." >&2
+    echo "       Install it with: curl --proto '=https' -sSf https://sh.rustup.rs | sh" >&2
     return 2
 fi
 

@@ -4,19 +4,21 @@
     python -m scripts.tok_train --vocab-size 8192 --corpus embedded
 
 Reads documents until `--max-chars`, learns the merges, and writes BASE/tokenizer (see
-jaxchat/tokenizer.py for the files) and a section of the report. Run it again to replace the
-tokenizer; models that were trained with the old one then refuse the new one.
+jaxchat/tokenizer.py for the files) and a section of the report. The models in BASE are trained with
+it: another tokenizer is for other models, best in a folder of their own (JAXCHAT_BASE_DIR). One that
+is replaced all the same is kept beside the new one.
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxchat import artifacts, cli, dataset, report
-from jaxchat.tokenizer import MIN_VOCAB_SIZE, Tokenizer
+from jaxchat.tokenizer import MIN_VOCAB_SIZE, TOKENIZER_FILE, Tokenizer
 
 MAX_ROWS = 20
 """Lengths shown in the report's table; longer tokens are rules of dashes and the like."""
@@ -74,6 +76,7 @@ def main(config: Config) -> None:
     )
     tokenizer = train(reading, config.vocab_size, console)
     directory = artifacts.base_dir() / "tokenizer"
+    earlier = set_aside(directory, tokenizer)
     tokenizer.save(directory)
     seconds = time.monotonic() - start
     console.print(
@@ -81,6 +84,13 @@ def main(config: Config) -> None:
         f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s: {directory}",
         soft_wrap=True,
     )
+    if earlier is not None:
+        console.print(
+            f"The tokenizer that was there is another, now in {earlier}. Models trained with it "
+            f"refuse this one: to use them again, name that folder {directory.name}. Set "
+            "JAXCHAT_BASE_DIR to keep models of different tokenizers apart.",
+            soft_wrap=True,
+        )
     parts: list[report.Part] = [
         report.KeyValues(asdict(config), "Configuration"),
         report.KeyValues(
@@ -106,6 +116,19 @@ def main(config: Config) -> None:
     report.Report(artifacts.base_dir()).add(
         "tok_train", "Tokenizer: training", parts, wall_seconds=seconds
     )
+
+
+def set_aside(directory: Path, tokenizer: Tokenizer) -> Path | None:
+    """Where another tokenizer that was in `directory` is now; None if it held this one or none."""
+    if not (directory / TOKENIZER_FILE).is_file():
+        return None
+    try:
+        if Tokenizer.load(directory).fingerprint == tokenizer.fingerprint:
+            return None
+    except ValueError:  # damaged: no model can use it
+        return None
+    target = directory.with_name(f"{directory.name}-replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+    return directory.rename(target)
 
 
 def train(reading: Reading, vocab_size: int, console: Console) -> Tokenizer:

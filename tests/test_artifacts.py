@@ -149,6 +149,16 @@ def test_progress_adds_up_to_the_file(server, tmp_path):
     assert sum(seen) == len(BODY)
 
 
+def test_what_an_earlier_call_has_left_counts_as_progress(server, tmp_path):
+    server.script = ["truncate"] + [500] * 7
+    with pytest.raises(OSError, match="failed 7 times"):
+        fetch(server, tmp_path / "file")
+    seen = []
+    fetch(server, tmp_path / "file", on_bytes=seen.append)
+    assert seen[0] == len(BODY) // 2
+    assert sum(seen) == len(BODY)
+
+
 @pytest.mark.parametrize(("status", "remedy"), [(401, "HF_TOKEN"), (403, "terms"), (404, "name")])
 def test_a_final_answer_is_not_retried(server, tmp_path, status, remedy):
     server.script = [status]

@@ -366,6 +366,19 @@ def test_a_slurm_job_is_not_tried_again_without_end(fake_training):
     assert not (fake_training / "requeued").exists()
 
 
+@pytest.mark.parametrize(("restarts", "asked"), [("0", "never"), ("1", "auto")])
+def test_a_slurm_job_that_comes_back_continues_whatever_it_was_told(cluster, restarts, asked):
+    """Told to start over it would at every time limit, and set a day's work aside each time."""
+    heard = cluster / "heard"
+    write_program(cluster / ".venv" / "bin" / "python", "/bin/sh", f'\necho "$@" >>{heard}\n')
+    settings = {"SLURM_SUBMIT_DIR": str(cluster), "SLURM_RESTART_COUNT": restarts}
+    with submit(cluster, "--depth", "2", "--resume", "never", **settings):
+        pass
+    words = heard.read_text().splitlines()[0].split()
+    assert words[:2] == ["-m", "scripts.base_train"]
+    assert cli.parse(base_train.Config, words[2:]).resume == asked
+
+
 def test_a_slurm_job_that_is_cancelled_does_not_come_back(fake_training):
     """`scancel` sends SIGTERM to the batch shell too, and the processes save as ever."""
     settings = {"STATUSES": "143 143", "SAVED": "", "WAIT": "1"}

@@ -354,6 +354,24 @@ def test_tok_train_writes_tokenizer_and_report(base, capsys):
     assert section["parts"][1]["values"]["characters"] <= 100_000
 
 
+def test_a_tokenizer_that_is_replaced_is_kept_for_its_models(base, capsys):
+    """And the same one, trained once more, replaces nothing."""
+
+    def tokenizers():
+        return {path.name: Tokenizer.load(path).vocab_size for path in base.glob("tokenizer*")}
+
+    for _ in range(2):
+        tok_train.main(tok_train.Config(vocab_size=300, max_chars=10_000))
+    assert tokenizers() == {"tokenizer": 300}
+    assert "refuse" not in capsys.readouterr().out
+    tok_train.main(tok_train.Config(vocab_size=310, max_chars=10_000))
+    kept = tokenizers()
+    assert kept.pop("tokenizer") == 310
+    assert list(kept.values()) == [300]
+    said = capsys.readouterr().out
+    assert f"is another, now in {base / next(iter(kept))}. Models trained with it refuse" in said
+
+
 def test_tok_train_says_when_the_corpus_is_too_small(base, capsys):
     tok_train.main(tok_train.Config(vocab_size=5000, max_chars=100))
     size = Tokenizer.load(base / "tokenizer").vocab_size

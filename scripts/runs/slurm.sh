@@ -35,9 +35,13 @@ checkpoints() {
 
 before=$(checkpoints)
 
+# back from the queue it continues what it began, also where --resume never began it
+goes_on=()
+((${SLURM_RESTART_COUNT:-0})) && goes_on=(--resume auto)
+
 # The signal goes to every process and, without B:, not to this shell: srun would answer a TERM by
 # killing them all. KillOnBadExit would kill those that still save, or make 137 of an error's 2.
-srun --kill-on-bad-exit=0 .venv/bin/python -m scripts.base_train "$@"
+srun --kill-on-bad-exit=0 .venv/bin/python -m scripts.base_train "$@" ${goes_on[@]+"${goes_on[@]}"}
 status=$?
 
 # srun returns the highest status: behind one of a lost process (75; 134 where JAX gave up on it; 137
