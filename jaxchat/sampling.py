@@ -93,14 +93,19 @@ def adjusted(logits: np.ndarray, params: SamplingParams, history: History) -> np
 
 def logprob(logits: np.ndarray, token: int) -> float:
     """Log-probability of a token without temperature and filters."""
-    shifted = logits.astype(np.float32) - logits.max()
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+    return float(_log_softmax(logits)[token])
 
 
 def alternatives(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` likeliest tokens and their log-probabilities, the lowest id first on ties."""
-    best = np.argsort(-logits, kind="stable")[:count].tolist()
-    return tuple((token, logprob(logits, token)) for token in best)
+    best = np.argsort(-logits, kind="stable")[:count]
+    return tuple(zip(best.tolist(), _log_softmax(logits)[best].tolist(), strict=True))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(V,) float32."""
+    shifted = logits.astype(np.float32) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
 
 
 def filtered_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
