@@ -95,8 +95,12 @@ How the person writes: {manner}. Language: {language}.
 Write the person's next message and nothing else: no quotation marks, no name in front, no \
 comment. Later messages react to what the assistant has said."""
 
-THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-"""What some servers put in front of a reply; it is none of it."""
+THOUGHTS = re.compile(r"\A.*?</think>", re.DOTALL)
+"""What some servers put in front of a reply; it is none of it.
+
+The opening <think> may be missing: the chat templates of DeepSeek-R1 and Qwen3-Thinking write it
+themselves, at the end of the prompt.
+"""
 
 OPENING = "The chat is open and nobody has written yet. Write the first message."
 """Speaks for the assistant before the assistant has spoken; chat APIs want a user to begin."""

@@ -13,38 +13,69 @@ asks for what is missing. A few first: `-n 5`, then read them.
 import fcntl
 import json
 import os
+import random
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeVar
 
 import openai
+from openai.types import Model
+from openai.types.chat import ChatCompletion
 
 from jaxchat import cli
 from jaxchat.progress import make_console, progress_bar
 from jaxchat.synthetic import Message, Unusable, converse, draw_scenario
-from jaxchat.threads import stoppable
+from jaxchat.threads import AbandonedPool, stoppable
+
+AnswerT = TypeVar("AnswerT")
+"""What a request gives."""
 
 ATTEMPTS = 3
 """Scenarios tried for one conversation, when what comes is empty, cut off or there already."""
 
 RETRIES = 6
-"""Of one message: the client waits as long as a busy server asks."""
+"""Of one message, while the server is busy, broken or away."""
+
+TIMEOUT_S = 120.0
+
+TIMEOUT_RETRIES = 2
+"""Fewer: a server that hangs would be noticed only after a quarter of an hour."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+"""Between retries, doubled each time, as the client does it; a server may ask for more."""
+
+PATIENCE_S = 600.0
+"""The longest wait that a server may ask for; a spent daily quota asks for hours."""
+
+FATAL = (401, 404, 429, 503)
+"""Statuses that are not about one message: key, address or model, quota, a server that is down."""
+
+REFUSALS = 20
+"""Refused attempts with no conversation in between, after which it is not about messages either."""
 
 SHOWN = 5
 """Reasons for which conversations were given up, at most."""
 
-TIMEOUT_S = 120.0
+SHOWN_LETTERS = 500
+"""Of what a server says when it refuses."""
 
 MAX_TOKENS = 2_000
 """Of one message; a model that thinks first needs room for it."""
 
+LIMITS = ("max_completion_tokens", "max_tokens")
+"""Names of that option: OpenAI's models that think refuse the older one, Mistral's API the new."""
+
 BEGINNING = b'{"number": '
 """Of every line that we write."""
+
+CONTINUES = "The same command continues."
 
 
 @dataclass(frozen=True)
@@ -76,50 +107,75 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
 
 
+class Refused(Unusable):
+    """The server does not answer this message."""
+
+
 class Writer:
     """The model that writes both sides, and what it has cost."""
 
     def __init__(self, client: openai.OpenAI, model: str, temperature: float | None) -> None:
         self.client, self.model = client, model
         self.options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+        self.limit = LIMITS[0]
         self.spent: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def __call__(self, messages: Sequence[Message]) -> str:
-        given: Any = messages
+    def __call__(self, messages: Sequence[Message], stop: threading.Event) -> str:
+        """The next message; KeyboardInterrupt once `stop` is set and it is not there yet."""
         try:
-            answer = self.client.chat.completions.create(
-                model=self.model, messages=given, max_completion_tokens=MAX_TOKENS, **self.options
-            )
-        except openai.BadRequestError as error:
-            if not self.spent:
-                raise  # it is about the options: no message is answered
-            raise Unusable(explain(error)) from error
+            answer = patiently(lambda: self._answer(messages), stop)
+        except openai.APIStatusError as error:
+            if error.status_code in FATAL:
+                raise
+            raise Refused(explain(error)) from error
+        if not isinstance(answer, ChatCompletion):
+            raise OSError(foreign(answer))
+        if not answer.choices:  # some report an error so, with status 200
+            raise Refused(f"no answer: {answer!r}"[:SHOWN_LETTERS])
         with self._lock:
             self.spent["messages"] += 1
             if answer.usage:
                 self.spent["tokens read"] += answer.usage.prompt_tokens
                 self.spent["tokens written"] += answer.usage.completion_tokens
-        if not answer.choices:
-            raise Unusable("no answer")
         choice = answer.choices[0]
         if choice.finish_reason == "length":
             raise Unusable("a message was cut off")
         return choice.message.content or ""
+
+    def _answer(self, messages: Sequence[Message]) -> ChatCompletion:
+        """One request, with the limit's older name for servers that do not know the new one."""
+        limit = self.limit
+        try:
+            return self._request(messages, limit)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if limit == self.limit:  # no other thread has found out meanwhile
+                if self.spent or limit == LIMITS[1] or limit not in error.response.text:
+                    raise
+                self.limit = LIMITS[1]
+        return self._request(messages, self.limit)
+
+    def _request(self, messages: Sequence[Message], limit: str) -> ChatCompletion:
+        given: Any = messages
+        options: dict[str, Any] = {**self.options, limit: MAX_TOKENS}
+        return self.client.chat.completions.create(model=self.model, messages=given, **options)
 
 
 class Collection:
     """The file: whole lines, each with the number of its draw."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        """Reads what is there, and forgets half a line; ValueError for a file of another kind."""
+        """Reads what is there, and forgets half a line; ValueError for a file of another kind.
+
+        People read it, so an editor may have added empty lines, or taken the last newline away.
+        """
         file.seek(0)
         content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+        whole, begun = whole_lines(content), content.lstrip()
         try:
-            if content[: len(BEGINNING)] != BEGINNING[: len(content)]:
-                raise ValueError(f"it begins with {content[:20]!r}")
-            lines = [json.loads(line) for line in whole.splitlines()]
+            if begun[: len(BEGINNING)] != BEGINNING[: len(begun)]:
+                raise ValueError(f"it begins with {begun[:20]!r}")
+            lines = [json.loads(line) for line in whole.splitlines() if line.strip()]
             self.numbers = {line["number"] for line in lines}
             self.texts = {json.dumps(line["messages"]) for line in lines}
         except (ValueError, KeyError, TypeError) as error:
@@ -127,7 +183,8 @@ class Collection:
                 f"{file.name} holds something else than this command writes ({error!r}): "
                 "name another file with -o"
             ) from error
-        file.truncate(len(whole))
+        file.truncate(min(len(whole), len(content)))
+        file.write(whole[len(content) :])
         self._file = file
 
     def add(self, number: int, messages: list[Message]) -> None:
@@ -140,6 +197,16 @@ class Collection:
         self._file.flush()
         self.texts.add(text)
         self.numbers.add(number)
+
+
+def whole_lines(content: bytes) -> bytes:
+    """Without the half line that an interruption leaves; no beginning of a line of ours parses."""
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        return content[:end]
+    return content + b"\n"
 
 
 @contextmanager
@@ -185,9 +252,11 @@ def collect(
 ) -> Counter[str]:
     """Ask for the missing conversations; how often it was given up, by the reason.
 
-    OSError when the server refuses or cannot be reached.
+    OSError when the server refuses or cannot be reached. One refused message costs its attempt; a
+    few before any answer, or many with no conversation in between, are about something else.
     """
     failures: Counter[str] = Counter()
+    refusals = 0
     languages = config.language or ("English",)
 
     def attempt(number: int, trial: int) -> list[Message]:
@@ -198,11 +267,11 @@ def collect(
     def ask(messages: Sequence[Message]) -> str:
         if stop.is_set():
             raise KeyboardInterrupt  # in a thread: the conversation is not worth its end
-        return writer(messages)
+        return writer(messages, stop)
 
     with (
         progress_bar("conversations") as on_progress,
-        stoppable(ThreadPoolExecutor(config.workers)) as (pool, stop),
+        stoppable(AbandonedPool(config.workers)) as (pool, stop),
     ):
         running = {pool.submit(attempt, number, 0): (number, 0) for number in missing}
         try:
@@ -210,14 +279,18 @@ def collect(
                 number, trial = running.pop(future)
                 try:
                     collection.add(number, future.result())
+                    refusals = 0
                 except Unusable as error:
+                    refusals += isinstance(error, Refused)
+                    if refusals >= (REFUSALS if writer.spent else ATTEMPTS):
+                        raise OSError(f"{error}\n{CONTINUES}") from error
                     if trial + 1 < ATTEMPTS:
                         running[pool.submit(attempt, number, trial + 1)] = (number, trial + 1)
                     else:
                         failures[str(error)] += 1
                 on_progress(1 - len(running) / config.num_conversations)
         except openai.OpenAIError as error:
-            raise OSError(f"{explain(error)}\nThe same command continues.") from error
+            raise OSError(f"{explain(error)}\n{CONTINUES}") from error
     return failures
 
 
@@ -235,30 +308,100 @@ def connected() -> openai.OpenAI:
             "no server is named: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server with the "
             "same API, such as http://127.0.0.1:8000/v1"
         )
-    return openai.OpenAI(
-        api_key=key or "none", base_url=url, timeout=TIMEOUT_S, max_retries=RETRIES
-    )
+    return openai.OpenAI(api_key=key or "none", base_url=url, timeout=TIMEOUT_S, max_retries=0)
 
 
 def only_model(client: openai.OpenAI) -> str:
     """The one model that a server has; ValueError when there are several."""
     try:
-        names = [model.id for model in client.models.list()]
+        models = patiently(lambda: client.models.list().data, threading.Event())
     except openai.OpenAIError as error:
         raise OSError(explain(error)) from error
+    except AttributeError as error:  # the client takes whatever came for a page of models
+        raise OSError(foreign("no list of models")) from error
+    if not isinstance(models, list) or not all(isinstance(model, Model) for model in models):
+        raise OSError(foreign(models))
+    names = [model.id for model in models]
     if len(names) != 1:
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(f"choose one of the server's {len(names)} models with -m: {shown}")
     return names[0]
 
 
+def patiently(request: Callable[[], AnswerT], stop: threading.Event) -> AnswerT:
+    """The answer to a request that is repeated while that may help.
+
+    In place of the client's own retries, which sleep through an interrupt, and give up where a
+    server asks for a long wait. KeyboardInterrupt when `stop` is set meanwhile.
+    """
+    retries = 0
+    while True:
+        try:
+            return request()
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            pause_s = pause_before_retry(error, retries)
+            if pause_s is None:
+                raise
+        if stop.wait(pause_s):
+            raise KeyboardInterrupt  # in a thread: nobody waits for the answer any more
+        retries += 1
+
+
+def pause_before_retry(error: openai.APIError, retries: int) -> float | None:
+    """How long to wait after so many retries; None when another one would not help."""
+    few = isinstance(error, openai.APITimeoutError)
+    if retries >= (min(RETRIES, TIMEOUT_RETRIES) if few else RETRIES):
+        return None
+    pause_s = min(FIRST_PAUSE_S * 2**retries, LONGEST_PAUSE_S) * random.uniform(0.75, 1)
+    if isinstance(error, openai.APIStatusError):
+        if not passing(error):
+            return None
+        asked_s = retry_after_s(error.response.headers)
+        pause_s = max(pause_s, asked_s) if asked_s else pause_s
+    return pause_s if pause_s <= PATIENCE_S else None
+
+
+def passing(error: openai.APIStatusError) -> bool:
+    """Whether the server may answer later, by its own word or by the status."""
+    said = error.response.headers.get("x-should-retry")
+    if said in ("true", "false"):
+        return said == "true"
+    return error.status_code in (408, 409, 429) or error.status_code >= 500
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """How long a server asks to wait: milliseconds, seconds or a date (RFC 9110, 10.2.3)."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            return float(headers[name]) * unit_s
+    with suppress(KeyError, ValueError, TypeError):
+        return (parsedate_to_datetime(headers["retry-after"]) - datetime.now(UTC)).total_seconds()
+    return None
+
+
 def explain(error: openai.OpenAIError) -> str:
     """What went wrong, and what to do."""
-    if isinstance(error, openai.AuthenticationError):
-        return f"the server does not accept OPENAI_API_KEY: {error.message}"
+    if isinstance(error, openai.APITimeoutError):
+        return f"the server did not answer within {TIMEOUT_S:g} s"
     if isinstance(error, openai.APIConnectionError):
         return f"the server cannot be reached, check OPENAI_BASE_URL: {error.message}"
-    return f"the server refuses: {error}"
+    if not isinstance(error, openai.APIStatusError):
+        return f"the server refuses: {error}"
+    # the client's own message leaves out what it does not know the form of
+    said = " ".join(error.response.text.split())[:SHOWN_LETTERS] or error.message
+    wait_s = retry_after_s(error.response.headers)
+    asks = f" (it asks to wait for {wait_s:,.0f} s)" if wait_s else ""
+    if isinstance(error, openai.AuthenticationError):
+        return f"the server does not accept OPENAI_API_KEY: {said}"
+    return f"the server refuses: status {error.status_code}{asks}: {said}"
+
+
+def foreign(answer: object) -> str:
+    """For a web page, or whatever else came in place of an answer."""
+    return (
+        "the server answers, but not as OpenAI's API does: does OPENAI_BASE_URL end in /v1? It "
+        f"gave {answer!r:.{SHOWN_LETTERS}}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,27 @@
 import contextlib
 import itertools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 import zlib
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai
 import pytest
 
 from jaxchat.config import GPTConfig
 from jaxchat.engine import Engine
 from jaxchat.synthetic import PEOPLE, TOPICS, Unusable, converse, draw_scenario
 from jaxchat.tasks.customjson import CustomJSON
-from scripts.gen_synthetic_data import Config, main
+from scripts.gen_synthetic_data import PATIENCE_S, REFUSALS, Config, connected, main, patiently
 from tests.scripted import ScriptedBackend
 from tests.servers import running, tokenizer
 
@@ -45,6 +55,50 @@ def writer(reply, monkeypatch, slots=4, **settings):
         monkeypatch.setenv("OPENAI_BASE_URL", one.url + "/v1")
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         yield replies
+
+
+@contextlib.contextmanager
+def stub(respond, monkeypatch):
+    """A server that is not ours; `respond(request)` gives status, content and headers, if any."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, content, *headers = respond(json.loads(asked or "{}"))
+            given = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(status)
+            kind = "text/html" if isinstance(content, str) else "application/json"
+            for name, value in {"Content-Type": kind, **dict(*headers)}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(given)))
+            self.end_headers()
+            self.wfile.write(given)
+
+        do_POST = do_GET  # noqa: N815 (http.server's name)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # somebody who left before the answer
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def completion(text):
+    """An answer in the API's form."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return 200, {"id": "1", "object": "chat.completion", "choices": [choice]}
+
+
+def answered(request):
+    return completion(by_prompt(json.dumps(request["messages"])))
 
 
 @pytest.fixture
@@ -146,6 +200,179 @@ def test_what_keeps_it_from_beginning_is_told_with_the_remedy(config, monkeypatc
         main(config)
 
 
+def test_a_strict_server_gets_the_limit_by_its_older_name(config, monkeypatch, capsys):
+    """Mistral's: 422, and a body without "error", which the client's message leaves out."""
+    seen = []
+
+    def strict(request):
+        seen.append(request)
+        if "max_completion_tokens" in request:
+            told = {"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}
+            return 422, {"object": "error", "detail": [told]}
+        if request.get("temperature", 0) > 1:
+            return 422, {"object": "error", "detail": [{"loc": ["body", "temperature"]}]}
+        return answered(request)
+
+    config = replace(config, model="m", workers=2)
+    with stub(strict, monkeypatch):
+        main(config)
+        assert len(lines(config)) == 12
+        assert sum("max_completion_tokens" in request for request in seen) <= config.workers
+        assert all(request.get("max_tokens", 2000) == 2000 for request in seen)
+        with pytest.raises(OSError, match=r'refuses: status 422: .*"temperature"'):
+            main(replace(config, num_conversations=18, temperature=9.0))
+
+
+def test_one_refused_prompt_costs_its_attempt_alone(config, monkeypatch, capsys):
+    """Even the first of all, which the same command would draw again."""
+    numbers = itertools.count()
+
+    def moderated(request):
+        number = next(numbers)
+        if number in (0, 6):
+            return 403, {"error": {"message": f"moderated {number}"}}
+        return (500, {}, {"x-should-retry": "false"}) if number == 9 else answered(request)
+
+    config = replace(config, model="m", workers=1)
+    with stub(moderated, monkeypatch):
+        main(config)
+    assert len(lines(config)) == 12
+    assert "given up" not in capsys.readouterr().out
+
+
+def test_refusals_without_end_are_about_something_else(config, monkeypatch):
+    numbers = itertools.count()
+
+    def exhausted(request):
+        return answered(request) if next(numbers) < 2 else (402, {"detail": "pay first"})
+
+    config = replace(config, model="m", workers=1, max_turns=1, num_conversations=200)
+    with stub(exhausted, monkeypatch), pytest.raises(OSError, match=r"pay first(.|\n)*continues"):
+        main(config)
+    assert len(lines(config)) == 1
+    assert next(numbers) <= 2 + REFUSALS + 2  # the thread may have begun one more
+
+
+@pytest.mark.parametrize("page", ["<html>Welcome</html>", {"status": "ok"}, [1]])
+def test_a_server_that_speaks_something_else_is_told_from_one_that_refuses(
+    config, monkeypatch, page
+):
+    with stub(lambda request: (200, page), monkeypatch):
+        with pytest.raises(OSError, match=r"not as OpenAI's API does: .*end in /v1"):
+            main(config)
+        with pytest.raises(OSError, match=r"end in /v1|no answer: .*'ok'"):
+            main(replace(config, model="m"))
+
+
+class Clock:
+    """In place of the event of an interrupt: nobody interrupts, and nobody waits."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        return False
+
+
+def test_a_server_is_waited_for_as_long_as_it_asks(monkeypatch):
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=300), usegmt=True)
+    answers = iter(
+        [
+            (429, {}, {"Retry-After": "90"}),
+            (503, {}, {"Retry-After": later}),
+            (500, {}, {"retry-after-ms": "20000"}),
+            (409, {}),
+            (429, {}, {"Retry-After": str(PATIENCE_S + 1)}),
+        ]
+    )
+    clock = Clock()
+    with (
+        stub(lambda request: next(answers), monkeypatch),
+        connected() as client,
+        pytest.raises(openai.RateLimitError),
+    ):
+        patiently(client.models.list, clock)
+    assert clock.waits[:3] == [90, pytest.approx(280, abs=20.5), 20]
+    assert 0 < clock.waits[3] <= 4
+    assert len(clock.waits) == 4
+
+
+def test_a_server_that_hangs_is_told_in_its_own_words(config, monkeypatch):
+    monkeypatch.setattr("scripts.gen_synthetic_data.TIMEOUT_S", 0.2)
+    asked, rest = itertools.count(), threading.Event()
+
+    def hanging(request):
+        next(asked)
+        rest.wait(20)
+        return answered(request)
+
+    config = replace(config, model="m", num_conversations=1)
+    with stub(hanging, monkeypatch), pytest.raises(OSError, match=r"not answer within 0.2 s"):
+        main(config)
+    rest.set()
+    assert next(asked) == 3
+
+
+def test_an_error_does_not_wait_for_other_requests(config, monkeypatch):
+    rest, numbers = threading.Event(), itertools.count()
+
+    def one_thinks(request):
+        if next(numbers) == 0:
+            rest.wait(60)
+        return 401, {"error": {"message": "no"}}
+
+    began = time.monotonic()
+    with stub(one_thinks, monkeypatch), pytest.raises(OSError, match="does not accept"):
+        main(replace(config, model="m", workers=2))
+    assert time.monotonic() - began < 30
+    rest.set()
+
+
+def test_an_interrupt_does_not_wait_for_requests_under_way(config, monkeypatch):
+    asked, rest = threading.Event(), threading.Event()
+
+    def thinking(request):
+        asked.set()
+        rest.wait(90)
+        return answered(request)
+
+    words = ["--about", config.about, "-o", config.output, "-m", "m", "-n", "2"]
+    command = [sys.executable, "-m", "scripts.gen_synthetic_data", *map(str, words)]
+    with (
+        stub(thinking, monkeypatch),
+        subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ) as process,
+    ):
+        try:
+            assert asked.wait(120)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+            assert time.monotonic() - began < 30
+        finally:
+            process.kill()
+            rest.set()
+    assert process.returncode == 130
+    assert said.decode().strip().endswith("interrupted")
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:-1], lambda c: b"\n" + c.replace(b"\n", b"\n\n")])
+def test_a_file_that_somebody_has_read_in_an_editor_still_counts(config, monkeypatch, change):
+    """Without the last newline, or with empty lines."""
+    with writer(by_prompt, monkeypatch) as prompts:
+        main(replace(config, num_conversations=3))
+        whole = config.output.read_bytes()
+        config.output.write_bytes(change(whole))
+        prompts.clear()
+        main(replace(config, num_conversations=3))
+        assert not prompts
+        main(replace(config, num_conversations=4))
+    kept = [line for line in config.output.read_bytes().splitlines(keepends=True) if line.strip()]
+    assert b"".join(kept[:3]) == whole
+    assert sorted(json.loads(line)["number"] for line in kept) == [0, 1, 2, 3]
+    assert len(CustomJSON(config.output)) == 4
+
+
 @pytest.mark.parametrize("foreign", ['{"messages": []}\n', "a diary\n", '{"number": 1}\n'])
 def test_a_file_of_another_kind_is_left_alone(config, monkeypatch, foreign):
     config.output.parent.mkdir()
@@ -183,5 +410,8 @@ def test_messages_are_what_is_said_and_nothing_around_it():
     said = converse(lambda _: next(answers), ABOUT, scenario)
     assert [m["content"] for m in said] == ["Hi?", "Yes.", "So?", '"No," she said.']
     assert [m["role"] for m in said] == ["user", "assistant"] * 2
+    answers = iter(["a\n<b>b</b></think>\n\nHi?", "Yes.", " </think>So?", "I think, so I am."])
+    said = converse(lambda _: next(answers), ABOUT, scenario)
+    assert [m["content"] for m in said] == ["Hi?", "Yes.", "So?", "I think, so I am."]
     with pytest.raises(Unusable):
         converse(lambda _: "<think>only thoughts</think>", ABOUT, scenario)
