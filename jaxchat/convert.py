@@ -62,7 +62,19 @@ HUGGING_FACE_CONSTANTS = {
 }
 """What its configuration must say for our model to be the same."""
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+HUGGING_FACE_OPTIONS = {"rms_norm_eps": float, "rope_theta": float}
+"""Numbers that its configuration may leave out."""
+
+HUGGING_FACE_ROPE = ("rope_parameters", "rope_scaling")
+"""Objects that tell of the rotary angles, of transformers 5 and 4; either may be null."""
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "an object",
+}
 """Of configuration values, in words."""
 
 RMS_NORM_EPS = 1e-6
@@ -131,7 +143,8 @@ def from_nanochat(
     optional = {"window_pattern"}
     surplus = model_config.keys() - known - optional
     problems += [f"model_config has the unknown {name}" for name in sorted(surplus)]
-    raise_differences(problems or _mistyped(model_config, known | (optional & model_config.keys())))
+    given = known | (optional & model_config.keys())
+    raise_differences(problems or _mistyped(model_config, _field_types(given)))
     config = GPTConfig(**{name: model_config[name] for name in known})
     window = model_config.get("window_pattern")
     if not _is_modern(renamed):
@@ -210,15 +223,14 @@ def from_hugging_face(
     if kind == MODERN_TYPE:
         names = {field.name for field in fields(GPTConfig)}
         missing = [f"config.json lacks {name}" for name in sorted(names - described.keys())]
-        raise_differences(missing or _mistyped(described, names))
+        raise_differences(missing or _mistyped(described, _field_types(names)))
         config = GPTConfig(**{name: described[name] for name in names})
         return config, fit(tensors, config)
     if kind != CLASSIC_TYPE:
         raise_differences([f"model_type is {kind!r}, not {CLASSIC_TYPE!r} or {MODERN_TYPE!r}"])
     missing = set(HUGGING_FACE_FIELDS.values()) - described.keys()
-    whole = set(HUGGING_FACE_FIELDS.values()) - {HUGGING_FACE_FIELDS["logit_softcap"]}
     raise_differences(
-        [f"config.json lacks {name}" for name in sorted(missing)] or _mistyped(described, whole)
+        [f"config.json lacks {name}" for name in sorted(missing)] or _mistyped_settings(described)
     )
     shape = {ours: described[theirs] for ours, theirs in HUGGING_FACE_FIELDS.items()}
     config = replace(GPTConfig().classic(), **shape, rope_base=_rope_theta(described))
@@ -233,19 +245,39 @@ def _foreign_settings(described: Mapping[str, Any], config: GPTConfig) -> list[s
         for name, value in wanted.items()
         if described.get(name, value) != value
     ]
-    if described.get("rms_norm_eps", RMS_NORM_EPS) > RMS_NORM_EPS:
-        problems.append(f"rms_norm_eps={described['rms_norm_eps']}, our model has {RMS_NORM_EPS}")
-    rope = described.get("rope_parameters") or described.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"rotary angles of type {rope['rope_type']!r}, our model has the default")
+    eps = described.get("rms_norm_eps", RMS_NORM_EPS)
+    if not 0 <= eps <= RMS_NORM_EPS:
+        problems.append(f"rms_norm_eps={eps}, our model has {RMS_NORM_EPS}")
+    problems += [
+        f"rotary angles of type {rope[name]!r}, our model has the default"
+        for rope in _rope_settings(described)
+        for name in ("rope_type", "type")  # the second is the older one
+        if rope.get(name, "default") != "default"
+    ]
     return problems
+
+
+def _mistyped_settings(described: Mapping[str, Any]) -> list[str]:
+    """All that is read of Hugging Face's configuration, wherever it is given."""
+    types = _field_types(HUGGING_FACE_FIELDS)
+    wanted = {theirs: types[ours] for ours, theirs in HUGGING_FACE_FIELDS.items()}
+    wanted |= {name: kind for name, kind in HUGGING_FACE_OPTIONS.items() if name in described}
+    wanted |= {name: dict for name in HUGGING_FACE_ROPE if described.get(name) is not None}
+    problems = _mistyped(described, wanted)
+    for rope in _rope_settings(described):
+        problems += _mistyped(rope, {"rope_theta": float} if "rope_theta" in rope else {})
+    return problems
+
+
+def _rope_settings(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [described[n] for n in HUGGING_FACE_ROPE if isinstance(described.get(n), dict)]
 
 
 def _rope_theta(described: Mapping[str, Any]) -> float:
     """Where transformers 5 keeps it, or 4 did."""
-    rope = described.get("rope_parameters") or {}
+    places = (*_rope_settings(described), described)
     default = GPTConfig().classic().rope_base
-    return float(rope.get("rope_theta", described.get("rope_theta", default)))
+    return float(next((x["rope_theta"] for x in places if "rope_theta" in x), default))
 
 
 def _to_hugging_face_name(name: str) -> str:
@@ -279,9 +311,13 @@ def fit(params: Params, config: GPTConfig, problems: Iterable[str] = ()) -> dict
     return {name: np.ascontiguousarray(padded[name], np.float32) for name in shapes}
 
 
-def _mistyped(described: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Values that are not of the type of `GPTConfig`'s field; other names are whole numbers."""
-    wanted = {name: type(getattr(GPTConfig, name, 0)) for name in sorted(names)}
+def _field_types(names: Iterable[str]) -> dict[str, type]:
+    """Of `GPTConfig`'s fields."""
+    return {name: type(getattr(GPTConfig, name)) for name in sorted(names)}
+
+
+def _mistyped(described: Mapping[str, Any], wanted: Mapping[str, type]) -> list[str]:
+    """Values that are of another type; a whole number is a number too."""
     return [
         f"{name}={described[name]!r} is not {KINDS[kind]}"
         for name, kind in wanted.items()

@@ -4,12 +4,14 @@ Upstream pickles a tiktoken `Encoding`. A pickle is a program, so it is run in a
 one name, tiktoken's class, and puts a plain holder in its place: whatever else the file asks for is
 refused before anything is called. Both formats come down to a split pattern, token bytes in order
 of rank, and the nine special tokens after them; anything else is another tokenizer, and one error
-tells what differs.
+tells what differs. `tokenizer.json` can say far more, so whatever in it decides ids is compared
+with what our own tokenizer would write.
 """
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from jaxchat.hugging_face_bpe import byte_letters
 from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PICKLE_FILE = "tokenizer.pkl"
+
+WITHOUT_EFFECT = ("trim_offsets",)
+"""Of the splits: says where in the text a token stands, not which one it is."""
+
+MODEL_SETTINGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+"""Of Hugging Face's BPE, those that decide ids.
+
+With a token for every byte nothing is unknown, whatever `unk_token`, `fuse_unk` and `byte_fallback`
+say, and a token that is a merge of two tokens is found by merging, whatever `ignore_merges` says.
+"""
 
 
 def read_pickled_tokenizer(path: Path) -> Tokenizer:
@@ -50,21 +62,68 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
         patterns = [split["pattern"]["Regex"] for split in splits if split["type"] == "Split"]
         kinds = [model["type"], *(split["type"] for split in splits)]
         vocab = {text: id for text, id in model["vocab"].items() if text not in specials}
+        merges = [_merge(written) for written in model["merges"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or no byte-level BPE: {error!r}") from error
-    if kinds != ["BPE", "Split", "ByteLevel"] or stored.get("normalizer") is not None:
+    if kinds != ["BPE", "Split", "ByteLevel"]:
         raise ValueError(f"{path} is made of {', '.join(kinds)}, not of BPE, Split and ByteLevel")
     bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     try:
         ranks = {bytes(bytes_of[letter] for letter in text): id for text, id in vocab.items()}
     except KeyError as error:
         raise ValueError(f"{path} has {error} in a token, which stands for no byte") from error
-    return _assemble(ranks, specials, patterns[0], path)
+    tokenizer = _assemble(ranks, specials, patterns[0], path)
+    ours = tokenizer.to_hugging_face()
+    if differing := [*_differences(stored, ours), *_merge_differences(merges, ours["model"])]:
+        shown = "\n  ".join(differing)
+        raise ValueError(f"{path} gives other ids than our tokenizer can:\n  {shown}")
+    return tokenizer
+
+
+def _differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that give other ids than ours; the merges are another matter."""
+    if stored.get("normalizer") is not None:
+        yield f"it has a normalizer, {stored['normalizer']!r:.100}; ours has none"
+    splits = (x["pre_tokenizer"]["pretokenizers"] for x in (stored, ours))
+    for theirs, mine in zip(*splits, strict=True):
+        for name in mine.keys() - set(WITHOUT_EFFECT):
+            if theirs.get(name) != mine[name]:
+                yield f"{mine['type']} has {name}={theirs.get(name)!r}, ours {mine[name]!r}"
+    for name in MODEL_SETTINGS:
+        if stored["model"].get(name):  # null, zero and the empty text are the same
+            yield f"BPE has {name}={stored['model'][name]!r}, ours none"
+
+
+def _merge_differences(merges: Sequence[tuple[str, str]], ours: Mapping[str, Any]) -> Iterator[str]:
+    """Ours must all be there, in order of rank.
+
+    Others may be there too: transformers' converter from tiktoken writes every pair that spells a
+    token, which is how tiktoken, and ours, merge.
+    """
+    given = set(merges)
+    missing = [tuple(pair) for pair in ours["merges"] if tuple(pair) not in given]
+    if missing:
+        yield f"{len(missing)} of our {len(ours['merges'])} merges are missing: {missing[0]}, ..."
+    spelt = ["".join(pair) for pair in merges]
+    if unknown := [text for text in spelt if text not in ours["vocab"]]:
+        yield f"{len(unknown)} merges give no token: {unknown[0]!r}, ..."
+    elif any(ours["vocab"][a] > ours["vocab"][b] for a, b in pairwise(spelt)):
+        yield "its merges are in another order than its tokens"
+
+
+def _merge(written: str | Sequence[str]) -> tuple[str, str]:
+    """A pair, as `tokenizers` writes it, or as one text, as it did before 0.20."""
+    left, right = written.split(" ") if isinstance(written, str) else written
+    if not (isinstance(left, str) and isinstance(right, str)):
+        raise TypeError(f"{written!r} is no merge")
+    return left, right
 
 
 def _assemble(
     ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern: str, path: Path
 ) -> Tokenizer:
+    if not all(type(rank) is int for rank in ranks.values()):
+        raise ValueError(f"{path} is damaged: not all of its ranks are whole numbers")
     tokens = sorted(ranks, key=lambda token: ranks[token])
     if [ranks[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"{path}: its {len(tokens)} ranks are not 0, 1, 2, ...")

@@ -3,9 +3,9 @@
     python -m scripts.import_model --source nanochat ~/.cache/nanochat/base_checkpoints/d20
     python -m scripts.import_model --source hf DIR --stage sft
 
-It becomes a checkpoint of the chosen stage, with its tokenizer, in the base directory. All of it is
-checked first; what does not fit is told in one error and then nothing is written. Nothing in the
-files is executed.
+It becomes a checkpoint of a stage, with its tokenizer, in the base directory. All of it is checked
+first; what does not fit is told in one error and then nothing is written. Nothing in the files is
+executed.
 """
 
 import json
@@ -24,7 +24,7 @@ from jaxchat.backend import DEFAULT_BACKEND, backend_class
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.foreign_tokenizer import PICKLE_FILE, read_pickled_tokenizer, read_tokenizer_json
-from jaxchat.stages import stage_directory
+from jaxchat.stages import STAGE_FOLDERS, how_to_talk, stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
 
@@ -37,16 +37,20 @@ class Config:
     """Folder that holds the model."""
     source: Literal["nanochat", "hf"]
     """nanochat: model_*.pt and meta_*.json; hf: config.json and safetensors."""
-    stage: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "base"
-    """What it is here: a base model continues text, the others converse."""
+    stage: Annotated[Literal["base", "mid", "sft", "rl"] | None, cli.arg(aliases=["-i"])] = None
+    """What it is here (base continues text); by its parent folder's name when not set, or base."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Its name here; d<layers> when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
-    """Which checkpoint of the folder; the newest when not set."""
+    """nanochat: which checkpoint, the newest when not set; hf: its number here, 0 when not set."""
     tokenizer: Path | None = None
     """Its tokenizer.pkl or tokenizer.json; looked for in the folder and beside it when not set."""
-    backend: str = DEFAULT_BACKEND
-    """Format to write, jax or torch; both backends read both."""
+    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    """Format to write; both backends read both."""
+
+    def __post_init__(self) -> None:
+        if self.step is not None and self.step < 0:
+            raise ValueError(f"step {self.step} must be at least 0")
 
 
 class Foreign(NamedTuple):
@@ -69,16 +73,24 @@ def main(config: Config) -> None:
             f"the tokenizer has {model.tokenizer.vocab_size} tokens, the model "
             f"{model.config.vocab_size}: give the model's own with --tokenizer"
         )
+    stage = config.stage or stage_of(config.path)
     tag = config.model_tag or f"d{model.config.n_layer}"
-    store = CheckpointStore(stage_directory(config.stage, tag))
+    store = CheckpointStore(stage_directory(stage, tag))
     if store.steps():
         raise ValueError(f"{store.directory} holds a model already: choose another --model-tag")
     write(model, store, config.backend)
     print(
-        f"{config.stage} model {tag}, step {model.step}: "
+        f"{stage} model {tag}, step {model.step}: "
         f"{sum(count_params(model.config).values()):,} parameters and "
         f"{model.tokenizer.vocab_size:,} tokens, in {store.path(model.step)}"
     )
+    print(how_to_talk(stage, tag))
+
+
+def stage_of(path: Path) -> str:
+    """By the name of the folder that the model's is in, which upstream and we have in common."""
+    stages = {folder: stage for stage, folder in STAGE_FOLDERS.items()}
+    return stages.get(path.resolve().parent.name, "base")
 
 
 def read_nanochat(config: Config) -> Foreign:

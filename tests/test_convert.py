@@ -163,6 +163,16 @@ def test_a_classic_model_with_windows_is_neither_generation():
         ({"rms_norm_eps": 1e-3}, "rms_norm_eps=0.001"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary angles of type 'yarn'"),
         ({"num_hidden_layers": 4.0}, "num_hidden_layers=4.0 is not a whole number"),
+        ({"final_logit_softcapping": None}, "final_logit_softcapping=None is not a number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' is not a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rope_theta": None}, "rope_theta=None is not a number"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta=None is not a number"),
+        ({"rope_parameters": [1.0]}, r"rope_parameters=\[1.0\] is not an object"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rotary angles of type 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rotary angles of type 'yarn'"),
+        ({"rope_parameters": {"type": "dynamic"}}, "rotary angles of type 'dynamic'"),
     ],
 )
 def test_another_hugging_face_model_is_told(change, told):
@@ -176,6 +186,10 @@ def test_where_rope_theta_stands_depends_on_the_version_of_transformers():
     del described["rope_parameters"]
     found, _ = convert.from_hugging_face(tensors, {**described, "rope_theta": 5000.0})
     assert found.rope_base == 5000.0
+    default = {"rope_theta": 7000, "type": "default", "rope_type": "default"}
+    for both in ({"rope_scaling": default}, {"rope_parameters": default, "rope_scaling": None}):
+        found, _ = convert.from_hugging_face(tensors, {**described, **both})
+        assert found.rope_base == 7000.0
 
 
 def test_our_own_type_needs_every_field():

@@ -4,18 +4,21 @@ import collections
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from jaxchat import convert
 from jaxchat.config import GPTConfig
 from jaxchat.foreign_tokenizer import read_pickled_tokenizer, read_tokenizer_json
-from jaxchat.stages import load_model
+from jaxchat.stages import STAGE_FOLDERS, find_checkpoint, how_to_talk, load_model
 from jaxchat.tensor_files import read_safetensors, write_safetensors
 from jaxchat.tokenizer import Tokenizer
 from scripts.import_model import Config, main
+from tests.models import CLASSIC
 from tests.test_convert import model_config, weights
 
 TEXTS = ["the model reads text and the reader reads the model, again and again"] * 3
@@ -103,6 +106,26 @@ def test_one_of_several_steps_can_be_chosen(foreign, tokenizer, base_dir, config
     assert load_model("base", backend="torch").meta["step"] == 3
     with pytest.raises(FileNotFoundError, match="steps there: 3, 7"):
         main(Config(foreign, "nanochat", step=4, model_tag="other", backend="torch"))
+
+
+@pytest.mark.parametrize("stage", STAGE_FOLDERS)
+def test_the_stage_is_what_the_folder_above_says(stage, tmp_path, tokenizer, base_dir, capsys):
+    """An upstream sft model became a base model unless one thought of --stage."""
+    config = replace(CLASSIC, vocab_size=tokenizer.vocab_size)
+    folder = tmp_path / "upstream" / STAGE_FOLDERS[stage] / "d4"
+    folder.mkdir(parents=True)
+    as_nanochat(folder, config, tokenizer)
+    main(Config(folder, "nanochat", backend="torch"))
+    tag, _, step = find_checkpoint(stage)
+    assert (tag, step) == ("d4", 7)
+    assert capsys.readouterr().out.splitlines()[-1] == how_to_talk(stage, "d4")
+    main(Config(folder, "nanochat", stage="mid", model_tag="asked", backend="torch"))
+    assert find_checkpoint("mid", "asked").step == 7
+
+
+def test_a_step_is_no_negative_number(foreign):
+    with pytest.raises(ValueError, match="step -1 must be at least 0"):
+        Config(foreign, "hf", step=-1)
 
 
 def damage(folder, case, config, tokenizer):
@@ -354,6 +377,52 @@ def test_a_pickle_that_lies_about_its_content_is_refused(tokenizer, tmp_path):
             read_pickled_tokenizer(path)
 
 
+def split(stored, number):
+    return stored["pre_tokenizer"]["pretokenizers"][number]
+
+
+def by_transformers(tokenizer, stored):
+    """Written anew by the library itself, which also changes what decides nothing."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = tokenizers.Tokenizer.from_str(json.dumps(stored))
+    return json.loads(PreTrainedTokenizerFast(tokenizer_object=fast).backend_tokenizer.to_str())
+
+
+def every_way_to_merge(tokenizer, stored):
+    """As transformers' converter from tiktoken: all pairs that spell a token, and as one text."""
+    vocab = stored["model"]["vocab"]
+    pairs = (
+        (text[:cut], text[cut:])
+        for text in list(vocab)[256:]
+        for cut in range(1, len(text))
+        if {text[:cut], text[cut:]} <= vocab.keys()
+    )
+    merges = sorted(pairs, key=lambda pair: vocab["".join(pair)])
+    assert len(merges) > len(stored["model"]["merges"])
+    stored["model"] |= {"merges": [" ".join(pair) for pair in merges], "ignore_merges": True}
+    return stored
+
+
+def like_upstreams(tokenizer, stored):
+    """Upstream trains with byte_fallback; a decoder and offsets give no ids."""
+    stored["model"] |= {"byte_fallback": True, "continuing_subword_prefix": ""}
+    split(stored, 1)["trim_offsets"] = True
+    stored["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    return stored
+
+
+@pytest.mark.parametrize("rewrite", [by_transformers, every_way_to_merge, like_upstreams])
+def test_the_same_tokenizer_may_be_written_in_other_words(rewrite, tokenizer, tmp_path):
+    stored = rewrite(tokenizer, json.loads(json.dumps(tokenizer.to_hugging_face())))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    read = read_tokenizer_json(tmp_path / "tokenizer.json")
+    assert read.fingerprint == tokenizer.fingerprint
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(stored))
+    for text in (*TEXTS, "other words, 1234 and ünïcödé"):
+        assert theirs.encode(text, add_special_tokens=False).ids == read.encode(text)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -363,6 +432,19 @@ def test_a_pickle_that_lies_about_its_content_is_refused(tokenizer, tmp_path):
         (lambda t: t["model"]["vocab"].update({"\u4e00": 400}), "stands for no byte"),
         (lambda t: t["model"]["vocab"].update({"thethe": 900}), "ranks are not 0, 1, 2"),
         (lambda t: t.pop("model"), "damaged, or no byte-level BPE"),
+        (lambda t: split(t, 1).update(add_prefix_space=True), "ByteLevel has add_prefix_space=Tr"),
+        (lambda t: split(t, 1).pop("use_regex"), "ByteLevel has use_regex=None, ours False"),
+        (lambda t: split(t, 0).update(behavior="Removed"), "behavior='Removed', ours 'Isolated'"),
+        (lambda t: split(t, 0).update(invert=True), "Split has invert=True, ours False"),
+        (lambda t: t.update(normalizer={"type": "NFC"}), "it has a normalizer, {'type': 'NFC'}"),
+        (lambda t: t["model"].update(dropout=0.1), "BPE has dropout=0.1, ours none"),
+        (lambda t: t["model"].update(end_of_word_suffix="w"), "has end_of_word_suffix='w'"),
+        (lambda t: t["model"].update(merges=t["model"]["merges"][:3]), "22 of our 25 merges"),
+        (lambda t: t["model"]["merges"].reverse(), "merges are in another order"),
+        (lambda t: t["model"]["merges"].append(["q", "q"]), "1 merges give no token: 'qq'"),
+        (lambda t: t["model"].pop("merges"), "damaged, or no byte-level BPE.*merges"),
+        (lambda t: t["model"]["merges"].append(["a", 2]), "damaged, or no byte-level BPE"),
+        (lambda t: t["model"]["vocab"].update(a="a"), "not all of its ranks are whole numbers"),
     ],
 )
 def test_another_kind_of_tokenizer_is_told(change, told, tokenizer, tmp_path):
