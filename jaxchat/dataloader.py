@@ -1,11 +1,14 @@
 """Documents to packed rows: best fit, no padding, and a state that resumes exactly.
 
 Every row starts with bos. It is filled with the largest document of a buffer that still fits;
-when none does, the shortest is cropped to fill it, and what is cut off is counted. A document
-longer than a row is several documents where the corpus `keeps_all`. Rows come from a fixed number
-of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so the order
-depends on seed, corpus and tokenizer alone, never on how many devices or processes read it. A
+when none does, the shortest is cropped to fill it, and what is cut off is counted. Rows come from a
+fixed number of logical streams in turn: row r of a run is stream r mod `NUM_STREAMS`'s next, so the
+order depends on seed, corpus and tokenizer alone, never on how many devices or processes read it. A
 process owns whole streams and reads only those.
+
+Where the corpus `keeps_all`, a document longer than a row is several parts, a row begins with the
+part that has waited longest, what is cut off waits as a part of its own, and a stream's pass is
+handed out to its end before the next begins: after it, every token has been in a row.
 
 The state holds addresses, not tokens: each stream's place in the corpus and the documents waiting
 in its buffer, which are read again on resume. Left out: supervision masks (conversation.py).
@@ -256,16 +259,19 @@ class _Stream:
         """Rows are `length` tokens long."""
         self._reader, self._number, self._seed, self._length = reader, number, seed, length
         self._bos = np.array([reader.tokenizer.bos_id], np.int32)
-        self._part = length - 1 if reader.corpus.keeps_all else sys.maxsize
+        self._keeps_all = reader.corpus.keeps_all
+        self._part = length - 1 if self._keeps_all else sys.maxsize
         """Most tokens of a document that are taken together."""
         share = -(-reader.documents // NUM_STREAMS)
         self._capacity = min(BUFFER_DOCS, max(1, share // 2))
         self._epoch, self._group, self._doc = (
             (0, 0, 0) if place is None else (place["epoch"], place["group"], place["doc"])
         )
+        self._order = reader.order(number, seed, self._epoch)
         self._entered = 0 if place is None else place["entered"]
         self._kept, self._cropped = (0, 0) if place is None else (place["kept"], place["cropped"])
         self._keys: list[tuple[int, int, Address]] = []
+        self._ages: list[tuple[int, int]] = []
         self._tokens: dict[tuple[int, int], np.ndarray] = {}
         if place is not None:
             waiting = [(order, Address(*where)) for order, *where in place["buffer"]]
@@ -291,34 +297,56 @@ class _Stream:
         while filled < length:
             if len(self._keys) < self._capacity:
                 self._read_more()
-            document = self._choose(length - filled)
-            taken = document[: length - filled]
+            room = length - filled
+            begins = self._keeps_all and not filled
+            order, address, tokens = self._take(self._oldest() if begins else self._fitting(room))
+            taken, rest = tokens[:room], tokens[room:]
             row[filled : filled + len(taken)] = taken
             filled += len(taken)
             self._kept += len(taken)
-            self._cropped += len(document) - len(taken)
+            if self._keeps_all and len(rest):
+                behind = address._replace(start=address.start + len(taken) - 1)
+                self._wait(order, behind, np.concatenate([self._bos, rest]))
+            else:
+                self._cropped += len(rest)
         return row
 
-    def _choose(self, room: int) -> np.ndarray:
-        """Take the largest document that fits, the oldest of equals; else the shortest."""
-        index = bisect.bisect_right(self._keys, (room, 1)) - 1
-        _, order, address = self._keys.pop(max(index, 0))
-        return self._tokens.pop((-order, address.start))
+    def _oldest(self) -> int:
+        """The index of what has waited longest."""
+        order, start = self._ages[0]
+        return bisect.bisect_left(self._keys, (len(self._tokens[order, start]), -order))
+
+    def _fitting(self, room: int) -> int:
+        """The index of the largest that fits, the oldest of equals; else of the shortest."""
+        end = bisect.bisect_right(self._keys, (room, 1))
+        return bisect.bisect_left(self._keys, self._keys[end - 1][:2]) if end else 0
+
+    def _take(self, index: int) -> tuple[int, Address, np.ndarray]:
+        """Its order, its address and its tokens, which no longer wait."""
+        _, order, address = self._keys.pop(index)
+        age = (-order, address.start)
+        self._ages.pop(bisect.bisect_left(self._ages, age))
+        return -order, address, self._tokens.pop(age)
 
     def _read_more(self) -> None:
-        """Fill the buffer, and a little over, so that documents are encoded many at a time."""
+        """Fill the buffer, and a little over, so that documents are encoded many at a time.
+
+        Of texts of one's own no further than to the end of the pass, unless nothing waits.
+        """
         arrivals: list[tuple[int, Address]] = []
         target = self._capacity + REFILL_DOCS
         while len(self._keys) + len(arrivals) < target:
-            order = self._reader.order(self._number, self._seed, self._epoch)
-            if self._group >= len(order):
+            if self._group >= len(self._order):
+                if self._keeps_all and (arrivals or self._keys):
+                    break
                 self._epoch, self._group, self._doc = self._epoch + 1, 0, 0
+                self._order = self._reader.order(self._number, self._seed, self._epoch)
                 continue
-            shard, group, _ = order[self._group]
-            rows = self._reader.rows(self._number, self._seed, self._epoch, order[self._group])
+            where = self._order[self._group]
+            rows = self._reader.rows(self._number, self._seed, self._epoch, where)
             wanted = target - len(self._keys) - len(arrivals)
             for row in rows[self._doc : self._doc + wanted]:
-                arrivals.append((self._entered, Address(shard, group, int(row))))
+                arrivals.append((self._entered, Address(*where[:2], int(row))))
                 self._entered += 1
             self._doc += wanted
             if self._doc >= len(rows):
@@ -329,7 +357,11 @@ class _Stream:
                 self._enter(order, address._replace(start=start), ids)
 
     def _enter(self, order: int, address: Address, ids: np.ndarray) -> None:
-        """Let the part of a document that begins at `address` wait: bos and its tokens."""
-        tokens = np.concatenate([self._bos, ids[address.start :][: self._part]])
+        """Let bos and the tokens from `address` to the end of its part wait."""
+        end = (address.start // self._part + 1) * self._part
+        self._wait(order, address, np.concatenate([self._bos, ids[address.start : end]]))
+
+    def _wait(self, order: int, address: Address, tokens: np.ndarray) -> None:
         bisect.insort(self._keys, (len(tokens), -order, address))
+        bisect.insort(self._ages, (order, address.start))
         self._tokens[order, address.start] = tokens

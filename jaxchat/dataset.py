@@ -154,7 +154,8 @@ def default_corpus() -> str:
 def open_corpus(name: str) -> Corpus:
     """A corpus by name (climbmix, fineweb-edu, embedded) or by the path of a folder or a file.
 
-    Errors name what is missing and the command that fetches it.
+    A folder is read with all folders in it, and holds either parquet files or texts. Errors name
+    what is missing and the command that fetches it.
     """
     if name == "embedded":
         return _open_embedded()
@@ -167,7 +168,7 @@ def open_corpus(name: str) -> Corpus:
         known = ", ".join([*HUB_DATASETS, "embedded"])
         kinds = " or ".join(TEXT_SUFFIXES)
         raise ValueError(f"corpus {name!r} is neither one of {known}, a folder nor a {kinds} file")
-    files = tuple(sorted(path.glob("*.parquet")))
+    files = tuple(_files_below(path, (".parquet",)))
     return _open_parquet_folder(path, files) if files else TextCorpus(path)
 
 
@@ -201,16 +202,17 @@ def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
     if others := _text_files(directory):
         raise ValueError(
             f"{directory} holds parquet files and {others[0].relative_to(directory)}, of which one "
-            "would be left out: keep one kind of file in a folder"
+            "would be left out: keep one kind of file in a folder and those below it"
         )
     if len(files) < 2:
         raise ValueError(
-            f"{directory} holds one parquet file; split it in two: the last one in order of name "
+            f"{directory} holds one parquet file; split it in two: the last one in order of path "
             "is validated on, the others are trained on"
         )
     for path in files:
         _check_parquet(path)
-    facts = " ".join(f"{path.name}:{path.stat().st_size}" for path in files)
+    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    facts = " ".join(f"{name}:{size}" for name, size in sizes.items())
     fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
     split = {"train": files[:-1], "val": files[-1:]}
     return ParquetCorpus(str(directory), fingerprint, split, keeps_all=True)
@@ -229,9 +231,12 @@ def _check_parquet(path: Path) -> None:
 
 
 def _text_files(where: Path) -> list[Path]:
-    if where.is_file():
-        return [where]
-    return sorted(path for path in where.rglob("*") if path.suffix in TEXT_SUFFIXES)
+    return [where] if where.is_file() else _files_below(where, TEXT_SUFFIXES)
+
+
+def _files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """In order of path, those of all folders in it too."""
+    return sorted(p for p in directory.rglob("*") if p.suffix in suffixes and p.is_file())
 
 
 def sections(text: str) -> Iterator[str]:

@@ -1,20 +1,20 @@
 """Bits per byte of a model on both splits, and what it writes.
 
 python -m scripts.base_loss
-python -m scripts.base_loss --source sft --split-tokens 1000000
+python -m scripts.base_loss --source sft --corpus climbmix --split-tokens 1000000
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
-from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
-from jaxchat.loss_eval import bits_per_byte, one_pass
+from jaxchat.loss_eval import bits_per_byte, evaluation_batches
 from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table
 from jaxchat.request import Request
@@ -45,7 +45,7 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Which checkpoint; the newest when not set."""
     corpus: str | None = None
-    """climbmix, fineweb-edu, embedded, or the path of texts; what has been downloaded if unset."""
+    """climbmix, fineweb-edu, embedded, or the path of texts; if unset what base_train read."""
     split_tokens: int = 20 * 2**19
     """Tokens of each split to score, at most all it has."""
     device_batch_size: int = 16
@@ -62,11 +62,12 @@ def main(config: Config) -> None:
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )
-    corpus = open_corpus(config.corpus or default_corpus())
+    corpus = corpus_for(config, model.meta)
+    console = make_console()
+    console.print(describe(config, model, corpus))
     scores = {split: score(config, model, corpus, split) for split in ("train", "val")}
     greedy = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.0))
     drawn = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.8, top_k=50))
-    console = make_console()
     for prompt, text in greedy:
         console.print(f"{prompt!r} -> {text!r}")
     for split, value in scores.items():
@@ -85,18 +86,42 @@ def main(config: Config) -> None:
     )
 
 
+def corpus_for(config: Config, meta: Mapping[str, Any]) -> Corpus:
+    """The corpus asked for, else the one in a pretraining's options, else what is there.
+
+    `meta` is the checkpoint's. ValueError where the corpus is gone.
+    """
+    trained_on = (meta.get("config") or {}).get("corpus")
+    if config.corpus or not trained_on:
+        return open_corpus(config.corpus or default_corpus())
+    try:
+        return open_corpus(trained_on)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the model was trained on it; name another with --corpus)"
+        ) from error
+
+
+def describe(config: Config, model: LoadedModel, corpus: Corpus) -> str:
+    """What is scored on what, and whether that is known not to be what the model learnt from."""
+    what = f"scoring {config.source} {model.tag} step {model.meta['step']} on {corpus.name}"
+    if model.meta.get("corpus", corpus.fingerprint) == corpus.fingerprint:
+        return what
+    return f"{what}, which it was not trained on, or which has changed since"
+
+
 def score(config: Config, model: LoadedModel, corpus: Corpus, split: str) -> float:
-    """Bits per byte of the first `split_tokens` of a split, packed as in training."""
-    length = model.backend.config.sequence_len
-    rows = config.device_batch_size * model.backend.devices.count
-    batches = config.split_tokens // (rows * length)
-    with (
-        PackedLoader(
-            corpus, model.tokenizer, split=split, rows_per_batch=rows, sequence_len=length
-        ) as loader,
-        progress_bar(f"scoring {split}") as on_progress,
-    ):
-        taken = one_pass(loader, batches, on_progress)
+    """Bits per byte of a split, or of `split_tokens` of it, in rows as long as in training."""
+    with progress_bar(f"scoring {split}") as on_progress:
+        taken = evaluation_batches(
+            corpus,
+            model.tokenizer,
+            on_progress,
+            split=split,
+            tokens=config.split_tokens,
+            rows_per_batch=config.device_batch_size * model.backend.devices.count,
+            sequence_len=model.backend.config.sequence_len,
+        )
         return bits_per_byte(model.backend, taken, model.tokenizer.token_bytes)
 
 

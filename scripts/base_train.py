@@ -29,8 +29,8 @@ from jaxchat.config import (
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.loss_eval import bits_per_byte, one_pass
-from jaxchat.memory import savings_of
+from jaxchat.loss_eval import bits_per_byte, evaluation_batches
+from jaxchat.memory import Savings, savings_of
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan, micro_batches, plan_training
 from jaxchat.progress import OnProgress
@@ -83,7 +83,7 @@ class Config:
     card: int | None = None
     """Preset for a card of 8, 16, 24 or 80 GB: the memory to fit into, and what saves some."""
     remat: str | None = None
-    """Kept of a block, the rest is computed twice: all (none), products, input (block), offload."""
+    """Compute activations twice, to save memory: none, products (kept), block, offload (to host)."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory."""
     total_batch_size: int | None = None
@@ -135,6 +135,15 @@ class Config:
     tensorboard: bool = False
     """Write TensorBoard events beside the checkpoints."""
 
+    def __post_init__(self) -> None:
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"--resume {self.resume}: choose auto or never")
+        self.savings()
+
+    def savings(self) -> Savings:
+        """ValueError for a card or a policy that there is not."""
+        return savings_of(self.card, self.remat, self.offload_optimizer)
+
     @property
     def tag(self) -> str:
         return self.model_tag or f"d{self.depth}"
@@ -142,8 +151,6 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the horizon, evaluate, and add a section to the report."""
-    if config.resume not in ("auto", "never"):
-        raise ValueError(f"--resume {config.resume}: choose auto or never")
     store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
     with store.claim():
         train(config, store)
@@ -167,7 +174,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         "seed": config.seed,
     }
     backend.init(config.seed)
-    savings = savings_of(config.card, config.remat, config.offload_optimizer)
+    savings = config.savings()
     backend.start_training(optimizer, plan, savings)
     start = begin(store, backend, facts, resume=config.resume)
     rows = settle_rows(
@@ -317,18 +324,17 @@ def validate(
     device_rows: int,
     on_progress: OnProgress,
 ) -> float:
-    """Bits per byte of the present weights on the first `eval_tokens` of the validation split."""
-    rows = device_rows * backend.devices.count
-    batches = config.eval_tokens // (rows * config.sequence_len)
-    with PackedLoader(
+    """Bits per byte of the present weights on the validation split, or `eval_tokens` of it."""
+    taken = evaluation_batches(
         corpus,
         tokenizer,
+        on_progress,
         split="val",
-        rows_per_batch=rows,
+        tokens=config.eval_tokens,
+        rows_per_batch=device_rows * backend.devices.count,
         sequence_len=config.sequence_len,
-    ) as loader:
-        taken = one_pass(loader, batches, on_progress)
-        return bits_per_byte(backend, taken, tokenizer.token_bytes)
+    )
+    return bits_per_byte(backend, taken, tokenizer.token_bytes)
 
 
 def sample(backend: Backend, tokenizer: Tokenizer) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Corpora: folders, hub shards and the embedded documentation, and what is said when one is bad."""
 
+import hashlib
 import json
 import os
 import re
@@ -122,6 +123,34 @@ def test_a_folder_that_mixes_kinds_says_what_would_be_left_out(tmp_path):
     (tmp_path / "notes" / "one.txt").write_text("never read")
     with pytest.raises(ValueError, match=r"parquet files and notes/one.txt, of which one would be"):
         open_corpus(str(tmp_path))
+
+
+def test_parquet_files_in_folders_of_a_folder_are_read(tmp_path):
+    """Texts were, but of these there were "0 distinct documents"; a tool may name a folder so."""
+    for name in ("a/1", "b.parquet/0", "a/0"):
+        write_shard(tmp_path / f"{name}.parquet", [name])
+    corpus = open_corpus(str(tmp_path))
+    assert texts_of(corpus, "train") == ["a/0", "a/1"]
+    assert texts_of(corpus, "val") == ["b.parquet/0"]
+    (tmp_path / "b.parquet" / "0.parquet").rename(tmp_path / "c.parquet")
+    assert open_corpus(str(tmp_path)).fingerprint != corpus.fingerprint
+
+
+def test_texts_beside_parquet_files_in_a_folder_are_an_error(tmp_path):
+    """Here the parquet files were passed over in silence."""
+    for i in range(2):
+        write_shard(tmp_path / "data" / f"{i}.parquet", ["a", "b"])
+    (tmp_path / "notes.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"parquet files and notes.jsonl, of which one would be"):
+        open_corpus(str(tmp_path))
+
+
+def test_a_flat_folder_of_parquet_files_keeps_its_fingerprint(tmp_path):
+    """Its checkpoints hold it."""
+    for i in range(2):
+        write_shard(tmp_path / f"{i}.parquet", ["a", "b"])
+    facts = " ".join(f"{i}.parquet:{(tmp_path / f'{i}.parquet').stat().st_size}" for i in range(2))
+    assert open_corpus(str(tmp_path)).fingerprint == hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def test_the_validation_shard_is_the_same_however_many_were_downloaded(base_dir):

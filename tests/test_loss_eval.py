@@ -1,13 +1,22 @@
-"""Bits per byte against the sum written out by hand."""
+"""Bits per byte against the sum written out by hand, and which text it is of."""
 
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from jaxchat import loss_eval
 from jaxchat.backend import Scores
-from jaxchat.dataloader import Batch
-from jaxchat.loss_eval import bits_per_byte, one_pass
+from jaxchat.dataloader import Batch, PackedLoader
+from jaxchat.dataset import Corpus, open_corpus
+from jaxchat.loss_eval import bits_per_byte, evaluation_batches, full_rows, one_pass
+from jaxchat.stages import LoadedModel
+from scripts import base_loss
+from tests.byte_tokenizer import ByteTokenizer
 
 TOKEN_BYTES = np.array([1, 2, 3, 0], np.int32)  # the last is a special token
 NLL = np.array([[0.5, 1.0, 1.5, 2.0]], np.float32)
@@ -70,3 +79,150 @@ def test_no_more_is_read_than_was_asked_for_or_there_is(batches, asked, shares):
 def test_nothing_to_count_is_an_error():
     with pytest.raises(ValueError, match="no batch held a token with bytes"):
         bits_per_byte(Scorer(), [batch(3, 3, -1, -1)], TOKEN_BYTES)
+
+
+class ListCorpus(Corpus):
+    """Documents given as groups of texts; counts how often one is read."""
+
+    def __init__(self, *groups):
+        super().__init__("list", "f")
+        self._groups, self.reads = groups, 0
+
+    def groups(self, split):
+        return [(0, i, len(group)) for i, group in enumerate(self._groups)]
+
+    def read_group(self, split, shard, group):
+        self.reads += 1
+        return self._groups[group]
+
+
+def judged(corpus, *, tokens, rows=8, length=16, tokenizer=None, heard=()):
+    """All batches, checked for their shape."""
+    on_progress = heard.append if isinstance(heard, list) else lambda share: None
+    batches = list(
+        evaluation_batches(
+            corpus,
+            tokenizer or ByteTokenizer(),
+            on_progress,
+            split="val",
+            tokens=tokens,
+            rows_per_batch=rows,
+            sequence_len=length,
+        )
+    )
+    assert all(ids.shape == (rows, length) for batch in batches for ids in batch[:2])
+    return batches
+
+
+def predicted(batches):
+    """What stands between one bos and the next where targets count, each as bytes."""
+    pieces = []
+    for inputs, targets in (row for b in batches for row in zip(b.inputs, b.targets, strict=True)):
+        counted = targets[targets >= 0]
+        assert (targets[: len(counted)] >= 0).all()  # all that does not count is behind
+        row = np.append(inputs[:1], counted)
+        np.testing.assert_array_equal(inputs[: len(counted)], row[:-1] if len(counted) else [])
+        assert row[0] == ByteTokenizer.bos_id
+        starts = [*np.flatnonzero(row == ByteTokenizer.bos_id), len(row)]
+        pieces += [bytes(row[a + 1 : b].astype(np.uint8)) for a, b in itertools.pairwise(starts)]
+    return Counter(piece for piece in pieces if piece)
+
+
+texts = st.lists(st.text(st.characters(codec="ascii"), max_size=60), min_size=1, max_size=30)
+
+
+@settings(deadline=None)
+@given(st.lists(texts, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 40))
+def test_of_a_small_split_every_document_is_predicted_exactly_once(groups, rows, length):
+    """Of 50 texts a "pass" held a quarter, the longest ones, and one of them six times."""
+    heard = []
+    batches = judged(ListCorpus(*groups), tokens=10**6, rows=rows, length=length, heard=heard)
+    whole = [text.encode() for group in groups for text in group]
+    parts = [text[i : i + length] for text in whole for i in range(0, len(text), length)]
+    assert predicted(batches) == Counter(parts)
+    assert heard == sorted(heard)
+    assert len(heard) == len(batches)
+    assert heard[-1] == 1.0
+
+
+@pytest.mark.parametrize("length", [16, 128])
+def test_bits_per_byte_of_a_small_split_do_not_depend_on_how_many_rows_a_batch_has(length):
+    """With a model that gives a byte b always b nats: what pads a batch counts in no sum."""
+
+    class Bytes:
+        def score(self, inputs, targets):
+            return Scores(np.abs(targets).astype(np.float32), targets)
+
+    words = ["a" * 40, "bc", "d" * 17, "", "efghij" * 30]
+    sizes = np.array([1] * 256 + [0], np.int32)
+    expected = sum(map(sum, map(str.encode, words))) / sum(map(len, words)) / math.log(2)
+    for rows in (1, 3, 8):
+        batches = judged(ListCorpus(words), tokens=10**6, rows=rows, length=length)
+        assert bits_per_byte(Bytes(), batches, sizes) == pytest.approx(expected)
+
+
+def test_of_a_larger_split_come_the_first_rows_of_trainings_packing():
+    """Published figures are of these; 10 texts of 4 tokens are 40, and 40 is no larger."""
+    numbers = [f"{i:03d}" for i in range(10)]
+    for length, asked, batches in [(4, 39, 9), (7, 28, 4), (7, 34, 4)]:
+        options = {"split": "val", "rows_per_batch": 1, "sequence_len": length}
+        found = judged(ListCorpus(numbers), tokens=asked, rows=1, length=length)
+        with PackedLoader(ListCorpus(numbers), ByteTokenizer(), **options) as loader:
+            expected = list(one_pass(loader, batches, lambda share: None))
+        np.testing.assert_array_equal([b[:2] for b in found], [b[:2] for b in expected])
+    whole = judged(ListCorpus(numbers), tokens=40, rows=1, length=4)
+    assert predicted(whole) == Counter(map(str.encode, numbers))
+
+
+def test_a_split_within_the_least_batch_is_read_once_even_so():
+    """Fewer tokens than a batch holds cannot be asked for; it was filled with repetitions."""
+    batches = judged(ListCorpus(["one", "two", "three"]), tokens=1)
+    assert predicted(batches) == Counter([b"one", b"two", b"three"])
+
+
+def test_that_a_split_is_larger_is_learnt_once():
+    """It costs encoding as much of it as is asked for, in front of every evaluation."""
+    corpus, tokenizer = ListCorpus(*[["text"] * 5] * 20), ByteTokenizer()
+    for _ in range(2):
+        assert loss_eval._whole_split(corpus, tokenizer, "val", 16, 50) is None
+        assert corpus.reads == 3
+
+
+@given(st.lists(st.integers(1, 20), max_size=40))
+def test_full_rows_hold_every_piece_once_and_whole(lengths):
+    pieces = [np.full(length, number) for number, length in enumerate(lengths)]
+    rows = full_rows(pieces, 20)
+    assert all(len(row) <= 20 for row in rows)
+    runs = [(int(n), len(list(run))) for row in rows for n, run in itertools.groupby(row)]
+    assert sorted(runs) == list(enumerate(lengths))
+
+
+def test_the_longest_piece_comes_first_and_then_what_fits_best():
+    rows = full_rows([np.full(n, n) for n in (2, 6, 3, 5, 4)], 10)
+    assert [sorted(set(row.tolist()), reverse=True) for row in rows] == [[6, 4], [5, 3, 2]]
+
+
+def test_a_model_is_scored_on_what_it_was_trained_on(tmp_path, monkeypatch):
+    """After training on a book, what it had to say of the embedded corpus was reported."""
+    for name in ("book", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(f'{{"text": "one"}}\n{{"text": "{name}"}}\n')
+    book, other = str(tmp_path / "book"), str(tmp_path / "other")
+    monkeypatch.setattr(base_loss, "default_corpus", lambda: other)
+    chosen, unset = base_loss.Config(corpus=other), base_loss.Config()
+    trained = {"config": {"corpus": book}, "corpus": open_corpus(book).fingerprint, "step": 9}
+    assert base_loss.corpus_for(unset, trained).name == book
+    assert base_loss.corpus_for(chosen, trained).name == other
+    for meta in ({}, {"config": None}, {"config": {"corpus": None}}):
+        assert base_loss.corpus_for(unset, meta).name == other
+    model = LoadedModel(None, None, trained, "d4", tmp_path)
+    said = base_loss.describe(unset, model, open_corpus(book))
+    assert said == f"scoring base d4 step 9 on {book}"
+    assert base_loss.describe(unset, model, open_corpus(other)).startswith(
+        f"scoring base d4 step 9 on {other}, which it was not trained on"
+    )
+    (tmp_path / "book").rename(tmp_path / "gone")
+    with pytest.raises(
+        ValueError, match=r"the model was trained on it; name another with --corpus"
+    ):
+        base_loss.corpus_for(unset, trained)
