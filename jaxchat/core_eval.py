@@ -53,7 +53,7 @@ def evaluate_task(
     """
     count = len(task.examples) if max_examples is None else min(max_examples, len(task.examples))
     length = backend.config.sequence_len
-    questions = [sequences(task, i, tokenizer, length) for i in range(count)]
+    questions = list(sequences(task, range(count), tokenizer, length))
     flat = [sequence for question in questions for sequence in question]
     scores: dict[int, tuple[float, bool]] = {}
     for indices, bucket in batches(flat, length, batch_tokens):

@@ -14,22 +14,39 @@ Left out: the model (core_eval.py).
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from jaxchat.tokenizer import Tokenizer
 
-KINDS = ("multiple_choice", "schema", "language_modeling")
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+"""What an example of each kind has."""
+
+OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+"""The field whose list `gold` is a place in."""
+
+KINDS = tuple(FIELDS)
+
+ENTRY = ("label", "dataset_uri", "icl_task_type", "num_fewshot")
+"""What core.yaml says of each task."""
 
 SHUFFLE_SEED = 1337
 """Order in which a task's examples are taken, so that a limit takes a fair sample."""
 
 FEWSHOT_SEED = 1234
 """Added to an example's number, it draws that example's demonstrations."""
+
+ENCODED_QUESTIONS = 256
+"""Questions whose texts are encoded at a time: enough for every processor, and a few MB of text."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Task:
     """What stands between a context and its continuation."""
     baseline: float
     """Accuracy of guessing, in percent."""
-    examples: tuple[dict[str, Any], ...]
+    examples: tuple[Mapping[str, Any], ...]
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -59,57 +76,122 @@ class Task:
 class Scored(NamedTuple):
     """Tokens, and the span [start, end) of them that is scored."""
 
-    ids: list[int]
+    ids: np.ndarray
+    """uint32 (T,): four bytes a token, where the list of an int each took 25 to 38."""
     start: int
     end: int
 
 
 def load_bundle(directory: Path) -> list[Task]:
     """Every task of a bundle, in its order. Errors name the file and line that is wrong."""
+    listed, baselines = directory / "core.yaml", directory / "eval_meta_data.csv"
     try:
-        listed = yaml.safe_load((directory / "core.yaml").read_text())["icl_tasks"]
-        with open(directory / "eval_meta_data.csv", newline="") as file:
-            rows = {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(file)}
+        entries, rows = _read_list(listed), _read_baselines(baselines)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{directory} is no evaluation bundle: {error.filename} is missing; fetch it with "
             "python -m scripts.data_download --all"
         ) from error
-    return [_load_task(directory, entry, rows) for entry in listed]
+    tasks = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            label, data, kind = (str(entry[name]) for name in ENTRY[:3])
+            shots = int(entry[ENTRY[3]][0])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{listed}: entry {number} of icl_tasks, {entry!r}, must have {', '.join(ENTRY)}; "
+                "the last is a list of a number"
+            ) from error
+        if label not in rows:
+            raise ValueError(
+                f"{baselines} has no row for task {label!r} of {listed}: add its random baseline"
+            )
+        tasks.append(
+            make_task(
+                label=label,
+                kind=kind,
+                num_fewshot=shots,
+                delimiter=entry.get("continuation_delimiter", " "),
+                baseline=rows[label],
+                examples=_read_examples(directory / "eval_data" / data, kind),
+            )
+        )
+    return tasks
 
 
-def _load_task(directory: Path, entry: dict[str, Any], baselines: dict[str, str]) -> Task:
-    path = directory / "eval_data" / entry["dataset_uri"]
-    examples = []
+def _read_list(path: Path) -> list[Any]:
+    """The entries of core.yaml."""
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    entries = listed.get("icl_tasks") if isinstance(listed, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no list of tasks under icl_tasks")
+    return entries
+
+
+def _read_baselines(path: Path) -> dict[str, float]:
+    """The accuracy of guessing by task, in percent."""
+    baselines = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            try:
+                baselines[row["Eval Task"]] = float(row["Random baseline"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}:{reader.line_num}: the columns Eval Task and Random baseline must "
+                    "hold a name and a number"
+                ) from error
+    return baselines
+
+
+def _read_examples(path: Path, kind: str) -> list[Mapping[str, Any]]:
+    """The examples of a task, each with what its kind needs."""
+    examples: list[Mapping[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            examples.append(json.loads(line))
+            example = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-    return make_task(
-        label=entry["label"],
-        kind=entry["icl_task_type"],
-        num_fewshot=entry["num_fewshot"][0],
-        delimiter=entry.get("continuation_delimiter", " "),
-        baseline=float(baselines[entry["label"]]),
-        examples=examples,
-    )
+        fields = FIELDS.get(kind, ())
+        if not isinstance(example, dict) or not all(name in example for name in fields):
+            raise ValueError(f"{path}:{number}: a {kind} example must have {', '.join(fields)}")
+        if "gold" in fields and not _is_index(example["gold"], example[OPTIONS[kind]]):
+            raise ValueError(
+                f"{path}:{number}: gold={example['gold']!r} must be the place, from 0 on, of one "
+                f"of the {OPTIONS[kind]}"
+            )
+        examples.append(example)
+    return examples
 
 
-def make_task(*, examples: Sequence[dict[str, Any]], **facts: Any) -> Task:
+def _is_index(place: Any, options: Any) -> bool:
+    return isinstance(options, list) and isinstance(place, int) and place in range(len(options))
+
+
+def make_task(*, examples: Sequence[Mapping[str, Any]], **facts: Any) -> Task:
     """A task whose examples are shuffled as CORE shuffles them."""
     shuffled = list(examples)
     random.Random(SHUFFLE_SEED).shuffle(shuffled)
     return Task(examples=tuple(shuffled), **facts)
 
 
-def demonstrations(task: Task, index: int) -> list[dict[str, Any]]:
-    """The few-shot examples of question `index`: drawn from all others, whatever the limit."""
-    others = [i for i in range(len(task.examples)) if i != index]
+def demonstrations(task: Task, index: int) -> list[Mapping[str, Any]]:
+    """The few-shot examples of question `index`: drawn from all others, whatever the limit.
+
+    Places among the others are drawn and the question is then stepped over. A list of the others,
+    made for every question, took half of 3 minutes before the 22 tasks had their first batch.
+    """
+    others = range(len(task.examples) - 1)
     drawn = random.Random(FEWSHOT_SEED + index).sample(others, task.num_fewshot)
-    return [task.examples[i] for i in drawn]
+    return [task.examples[place + (place >= index)] for place in drawn]
 
 
 def prompts(task: Task, index: int) -> list[str]:
@@ -132,31 +214,40 @@ def prompts(task: Task, index: int) -> list[str]:
     return texts
 
 
-def sequences(task: Task, index: int, tokenizer: Tokenizer, max_length: int) -> list[Scored]:
-    """The token sequences of a question, cut on the left to `max_length`, with their spans."""
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts(task, index)]
-    if task.kind == "multiple_choice":
+def sequences(
+    task: Task, indices: Sequence[int], tokenizer: Tokenizer, max_length: int
+) -> Iterator[list[Scored]]:
+    """The token sequences of each question, cut on the left to `max_length`, with their spans."""
+    bos = np.array([tokenizer.bos_id], np.uint32)
+    for first in range(0, len(indices), ENCODED_QUESTIONS):
+        asked = [prompts(task, i) for i in indices[first : first + ENCODED_QUESTIONS]]
+        encoded = iter(tokenizer.encode_batch([text for texts in asked for text in texts]))
+        for texts in asked:
+            ids = [np.concatenate((bos, next(encoded))) for _ in texts]
+            yield [_crop(span, max_length) for span in _spans(task.kind, ids)]
+
+
+def _spans(kind: str, encoded: Sequence[np.ndarray]) -> list[Scored]:
+    """What is scored of the encoded texts of a question."""
+    if kind == "multiple_choice":
         # a choice that is the beginning of all others is scored on its last token
         start = min(_common(encoded), min(map(len, encoded)) - 1)
-        spans = [Scored(ids, start, len(ids)) for ids in encoded]
-    elif task.kind == "schema":
+        return [Scored(ids, start, len(ids)) for ids in encoded]
+    if kind == "schema":
         shared = _common([ids[::-1] for ids in encoded])
-        spans = [Scored(ids, len(ids) - shared, len(ids)) for ids in encoded]
-    else:
-        without, whole = encoded
-        start = _common(encoded)  # where the tokenizer merged across the border, a little earlier
-        spans = [Scored(whole, min(start, len(without)), len(whole))]
-    return [_crop(span, max_length) for span in spans]
+        return [Scored(ids, len(ids) - shared, len(ids)) for ids in encoded]
+    without, whole = encoded
+    start = _common(encoded)  # where the tokenizer merged across the border, a little earlier
+    return [Scored(whole, min(start, len(without)), len(whole))]
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
+def _common(sequences: Sequence[np.ndarray]) -> int:
     """How many tokens all sequences share from the start."""
-    shared = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return shared
+    shortest = min(map(len, sequences))
+    differs = np.zeros(shortest, bool)
+    for ids in sequences[1:]:
+        differs |= ids[:shortest] != sequences[0][:shortest]
+    return int(differs.argmax()) if differs.any() else shortest
 
 
 def _crop(sequence: Scored, max_length: int) -> Scored:

@@ -12,14 +12,14 @@ import importlib.resources
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxchat.config import count_params
 from jaxchat.conversation import SYSTEM_SEPARATOR
 from jaxchat.convert import CLASSIC_TYPE, to_hugging_face
-from jaxchat.report import KeyValues, Section
+from jaxchat.report import Section, Subject, subject_of
 from jaxchat.report_page import escape
 from jaxchat.stages import LoadedModel
 from jaxchat.tensor_files import WEIGHTS_FILE, write_safetensors
@@ -218,24 +218,16 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def sections_of(sections: Sequence[Section], source: str, tag: str) -> list[Section]:
-    """The reported sections about this model: of its stage, unless another tag was trained last."""
-    training = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+def sections_of(sections: Sequence[Section], model: Subject) -> list[Section]:
+    """The reported sections that say they are about this model, and nothing that contradicts it.
+
+    What does not say its model is left out: it may be another one's, and a card is a claim.
+    """
+    found = []
     for section in sections:
-        if section.stage == training[source] and _trained_tag(section) not in (None, tag):
-            return []
-    return [section for section in sections if source in section.stage.split("_")]
-
-
-def _trained_tag(section: Section) -> str | None:
-    for part in section.parts:
-        if isinstance(part, KeyValues) and part.caption == "Options":
-            return _tag(part.values)
-    return None
-
-
-def _tag(options: Mapping[str, Any]) -> str | None:
-    for name in ("output_tag", "model_tag"):
-        if options.get(name) not in (None, "None"):
-            return str(options[name])
-    return f"d{options['depth']}" if "depth" in options else None
+        subject = subject_of(section)
+        if subject is not None and all(
+            said in (None, own) for said, own in zip(subject, model, strict=True)
+        ):
+            found.append(section)
+    return found

@@ -11,10 +11,10 @@ can be drawn at any time from what is there. Left out: live dashboards, the trac
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxchat import environment, runtime
 from jaxchat.artifacts import atomic_write
@@ -39,6 +39,9 @@ STAGES = (
 
 MODELS = ("base", "mid", "sft", "rl")
 """Columns of the summary: a stage belongs to the one that is a word of its name, if any."""
+
+OF_THE_MODEL = "Of the model"
+"""Caption of the values that say which model a section judges."""
 
 Value: TypeAlias = str | int | float | bool | None
 
@@ -177,6 +180,86 @@ class Report:
 
     def _path(self, stage: str) -> Path:
         return self.directory / "sections" / f"{stage}.json"
+
+
+class Subject(NamedTuple):
+    """The model that a section is about; None for what the section does not say."""
+
+    source: str
+    """Its stage: base, mid, sft or rl."""
+    tag: str
+    """Which model of the stage."""
+    run: str | None = None
+    """Id of the run that made it."""
+    step: int | None = None
+
+
+def model_facts(*, source: str, tag: str, meta: Mapping[str, Any], tokenizer: str) -> KeyValues:
+    """What every evaluation stores in its section, so that `subject_of` knows whose figures it has.
+
+    `meta` is that of the checkpoint, `tokenizer` the fingerprint of its tokenizer.
+    """
+    facts = {
+        "source": source,
+        "model_tag": tag,
+        "run": meta.get("run"),
+        "step": meta["step"],
+        "tokenizer": tokenizer,
+    }
+    return KeyValues(facts, OF_THE_MODEL)
+
+
+def subject_of(section: Section) -> Subject | None:
+    """The model that a section is about, or None where it does not say which.
+
+    An evaluation stores `model_facts`; a training stage has options that name its result, which is
+    the model after the last step of its plan.
+    """
+    named = {part.caption: part.values for part in section.parts if isinstance(part, KeyValues)}
+    facts = named.get(OF_THE_MODEL)
+    if facts is not None:
+        source, tag = facts.get("source"), facts.get("model_tag")
+        run, step = facts.get("run"), facts.get("step")
+    else:
+        source, tag, run = model_word(section.stage), _result_tag(named.get("Options", {})), None
+        step = named.get("What followed", {}).get("num_iterations")
+    if not source or tag is None:
+        return None
+    return Subject(
+        str(source),
+        str(tag),
+        None if run is None else str(run),
+        None if step is None else int(step),
+    )
+
+
+def _result_tag(options: Mapping[str, Value]) -> str | None:
+    """The tag that a training stage gave its result; options are stored as text, None as well."""
+    for name in ("output_tag", "model_tag"):
+        if options.get(name) not in (None, "None"):
+            return str(options[name])
+    return f"d{options['depth']}" if "depth" in options else None
+
+
+def model_word(stage: str) -> str:
+    """The one of `MODELS` that a stage's name has among its words; empty where it has none."""
+    return next((model for model in MODELS if model in stage.split("_")), "")
+
+
+def model_names(sections: Iterable[Section]) -> dict[str, str]:
+    """The column that each section's figures belong to, by stage and in the order of `MODELS`.
+
+    It is "base", or "base d12" where the sections tell of several tags; then a section that does
+    not say its model has the bare name for itself.
+    """
+    stages = sorted(
+        (section for section in sections if model_word(section.stage)),
+        key=lambda section: MODELS.index(model_word(section.stage)),
+    )
+    tags = {section.stage: subject.tag for section in stages if (subject := subject_of(section))}
+    if len(set(tags.values())) < 2:
+        tags = {}
+    return {s.stage: f"{model_word(s.stage)} {tags.get(s.stage, '')}".strip() for s in stages}
 
 
 def _order(section: Section) -> tuple[int, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from jaxchat.artifacts import atomic_write
 from jaxchat.report import (
-    MODELS,
     Curve,
     KeyValues,
     Part,
@@ -21,6 +20,8 @@ from jaxchat.report import (
     Table,
     Text,
     Value,
+    model_names,
+    model_word,
 )
 
 _GRAY = "#808080"
@@ -95,7 +96,7 @@ def _header(sections: Sequence[Section]) -> list[str]:
     lines = ["# jaxchat report", ""]
     if not sections:
         return [*lines, "No stage has run yet."]
-    figures = [section for section in sections if section.figures and _model(section.stage)]
+    figures = [section for section in sections if section.figures and model_word(section.stage)]
     if figures:
         lines += ["## Summary", "", *_markdown(_summary(figures)), ""]
     latest = max(sections, key=lambda section: section.finished)
@@ -105,13 +106,14 @@ def _header(sections: Sequence[Section]) -> list[str]:
 
 def _summary(sections: Sequence[Section]) -> Table:
     """Figures by model; a figure that several stages state is taken from the last of them."""
-    models = [m for m in MODELS if any(_model(section.stage) == m for section in sections)]
+    names = model_names(sections)
+    columns = list(dict.fromkeys(names.values()))
     found: dict[str, dict[str, float]] = {}
     for section in sections:
-        for name, value in section.figures.items():
-            found.setdefault(name, {})[_model(section.stage)] = value
-    rows = [[name, *(values.get(model) for model in models)] for name, values in found.items()]
-    return Table(["figure", *models], rows)
+        for figure, value in section.figures.items():
+            found.setdefault(figure, {})[names[section.stage]] = value
+    rows = [[figure, *map(values.get, columns)] for figure, values in found.items()]
+    return Table(["figure", *columns], rows)
 
 
 def _times(sections: Sequence[Section]) -> Table:
@@ -124,10 +126,6 @@ def _times(sections: Sequence[Section]) -> Table:
     total = sum(section.wall_seconds or 0 for section in sections)
     rows.append(["total", duration(total), None, None, None])
     return Table(["stage", "wall time", "finished", "machine", "commit"], rows)
-
-
-def _model(stage: str) -> str:
-    return next((model for model in MODELS if model in stage.split("_")), "")
 
 
 def _markdown(part: Part, picture: str = "") -> list[str]:

@@ -70,8 +70,9 @@ def read_runs(pattern: str = "*") -> list[Run]:
     for folder in (base_dir() / STAGE_FOLDERS["base"]).glob(pattern):
         try:
             run = read_run(folder)
-        except ValueError as error:
-            print(f"warning: leaving out {folder}, which cannot be read: {error}", file=sys.stderr)
+        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            print(f"warning: leaving out {folder}, which cannot be read: {why}", file=sys.stderr)
             continue
         if run is not None:
             runs.append(run)

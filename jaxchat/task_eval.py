@@ -76,12 +76,6 @@ def wilson(correct: int, problems: int) -> tuple[float, float]:
     return low, 1.0 if correct == problems else middle + half
 
 
-def chat_core(results: Sequence[ChatResult]) -> float:
-    """The mean of the centred accuracies; NaN when every task was skipped."""
-    centered = [result.centered for result in results if result.skipped is None]
-    return sum(centered) / len(centered) if centered else math.nan
-
-
 def evaluate_chat(
     backend: Backend,
     tokenizer: Tokenizer,

@@ -5,14 +5,20 @@ replaces these rows only, and the comparison is drawn from all tables that are t
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
-from jaxchat.report import MODELS, KeyValues, Section, Table, Value
+from jaxchat.report import MODELS, KeyValues, Section, Table, Value, model_names
 from jaxchat.task_eval import ChatResult
+from jaxchat.tasks.mixtures import CHATCORE
+
+Row: TypeAlias = Mapping[str, Value]
+"""A row of a result table by column."""
 
 COLUMNS = (
     "task",
     "kind",
     "problems",
+    "limit",
     "accuracy",
     "low",
     "high",
@@ -24,9 +30,10 @@ COLUMNS = (
 )
 
 CAPTION = (
-    "low and high bound the accuracy with 95% confidence (Wilson); centred is the accuracy above "
-    "guessing, 1 for perfect; ended and called are the shares of generated replies that ended by "
-    "themselves and that got an answer from the calculator"
+    "limit is how many problems were asked for, none for all of them; low and high bound the "
+    "accuracy with 95% confidence (Wilson); centred is the accuracy above guessing, 1 for perfect; "
+    "ended and called are the shares of generated replies that ended by themselves and that got an "
+    "answer from the calculator"
 )
 
 
@@ -35,18 +42,18 @@ def section_name(source: str) -> str:
     return f"chat_eval_{source}"
 
 
-def result_table(results: Sequence[ChatResult]) -> Table:
-    """One row a task."""
-    return Table(COLUMNS, [_row(result) for result in results], CAPTION)
+def result_table(results: Sequence[ChatResult], limit: int | None = None) -> Table:
+    """One row a task, each with the limit of problems that it was asked under."""
+    rows = [_row(result, limit) for result in results]
+    return Table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows], CAPTION)
 
 
 def compact(table: Table) -> Table:
     """A result table for a terminal: percent, the interval in one cell, fewer columns."""
     rows = []
-    for row in table.rows:
-        facts = dict(zip(COLUMNS, row, strict=True))
-        shares = (_percent(facts[name]) for name in ("guessing", "ended", "called"))
-        rows.append([facts["task"], _cell(row), *shares, facts["note"]])
+    for row in _rows(table):
+        shares = (_percent(row[name]) for name in ("guessing", "ended", "called"))
+        rows.append([row["task"], _cell(row), *shares, row["note"]])
     columns = ["task", "% [95%] of problems", "guessing", "ended", "called", "note"]
     return Table(columns, rows, "* is above guessing")
 
@@ -56,33 +63,59 @@ def with_earlier_rows(
 ) -> Table:
     """`table`, and the rows of other tasks that the same model was given before.
 
-    The same model: the section's `facts` are the same.
+    The same model: the section's `facts` are the same. A row that does not say its limit is left.
     """
     earlier = next((s for s in sections if s.stage == section_name(source)), None)
     if earlier is None or not any(
         isinstance(part, KeyValues) and dict(part.values) == dict(facts) for part in earlier.parts
     ):
         return table
-    fresh = {row[0] for row in table.rows}
-    kept = [row for row in _result_rows(earlier) if row[0] not in fresh]
+    fresh = {row["task"] for row in _rows(table)}
+    kept = [
+        [row[name] for name in COLUMNS]
+        for row in _result_rows(earlier)
+        if row["task"] not in fresh and "limit" in row
+    ]
     return Table(COLUMNS, [*kept, *table.rows], CAPTION)
 
 
+def summarize(table: Table) -> dict[str, float]:
+    """The means of a result table's centred accuracies, by the names of what they are means of.
+
+    ChatCORE is the mean of all of its tasks. Tasks that were asked under another limit of problems
+    are another measurement: each limit has a mean of its own, which names it.
+    """
+    by_limit: dict[Value, dict[str, float]] = {}
+    for row in _rows(table):
+        if isinstance(row["centred"], int | float):
+            by_limit.setdefault(row["limit"], {})[str(row["task"])] = row["centred"]
+    return dict(_mean(centred, limit) for limit, centred in by_limit.items())
+
+
+def figures(table: Table) -> dict[str, float]:
+    """The accuracies of a result table by task; the name of one under a limit says so."""
+    return {
+        str(row["task"]) + ("" if row["limit"] is None else f" of {row['limit']}"): row["accuracy"]
+        for row in _rows(table)
+        if isinstance(row["accuracy"], int | float)
+    }
+
+
 def side_by_side(sections: Sequence[Section]) -> Table:
-    """Accuracy with its interval by task (rows) and stage (columns)."""
-    found = _by_stage(sections)
+    """Accuracy with its interval by task (rows) and model (columns)."""
+    found = _by_model(sections)
     rows = [[task, *(_cell(rows.get(task)) for rows in found.values())] for task in _tasks(found)]
     caption = "accuracy in percent [95% confidence interval] of problems; * is above guessing"
     return Table(["task", *found], rows, caption)
 
 
 def manners(sections: Sequence[Section]) -> Table:
-    """By stage, how often generated replies ended and got an answer from the calculator."""
-    found = _by_stage(sections)
+    """By model, how often generated replies ended and got an answer from the calculator."""
+    found = _by_model(sections)
     rows: list[Sequence[Value]] = []
     for task in _tasks(found):
         for share in ("ended", "called"):
-            cells = [_percent(_fact(stage.get(task), share)) for stage in found.values()]
+            cells = [_percent(results.get(task, {}).get(share)) for results in found.values()]
             if any(cell is not None for cell in cells):
                 rows.append([f"{task}: {share}", *cells])
     caption = (
@@ -92,59 +125,81 @@ def manners(sections: Sequence[Section]) -> Table:
     return Table(["replies", *found], rows, caption)
 
 
-def _row(result: ChatResult) -> list[Value]:
+def _row(result: ChatResult, limit: int | None) -> Row:
+    facts: dict[str, Value] = dict.fromkeys(COLUMNS)
+    facts |= {
+        "task": result.name,
+        "kind": result.kind,
+        "problems": result.problems,
+        "limit": limit,
+    }
     if result.skipped is not None:
-        empty: list[Value] = [None] * (len(COLUMNS) - 4)
-        return [result.name, result.kind, 0, *empty, f"skipped: {result.skipped}"]
+        return facts | {"note": f"skipped: {result.skipped}"}
     low, high = result.interval
-    shares = (
+    ended, called = (
         None if count is None else count / result.problems
         for count in (result.ended, result.called)
     )
-    note = f"{result.cropped} prompts cropped" if result.cropped else ""
-    numbers = (result.accuracy, low, high, result.baseline, result.centered)
-    return [result.name, result.kind, result.problems, *numbers, *shares, note]
+    return facts | {
+        "accuracy": result.accuracy,
+        "low": low,
+        "high": high,
+        "guessing": result.baseline,
+        "centred": result.centered,
+        "ended": ended,
+        "called": called,
+        "note": f"{result.cropped} prompts cropped" if result.cropped else "",
+    }
+
+
+def _mean(centred: Mapping[str, float], limit: Value) -> tuple[str, float]:
+    """A name and the mean of centred accuracies, by task, that were measured under one limit."""
+    core = [centred[task] for task in CHATCORE if task in centred]
+    if len(core) == len(CHATCORE):  # whatever else was asked is no part of it
+        name = "ChatCORE" if limit is None else f"ChatCORE of {limit} a task"
+        return name, sum(core) / len(core)
+    name = "mean centred accuracy (not ChatCORE)"
+    if len(core) == len(centred):
+        name = f"mean of {len(core)} of ChatCORE's {len(CHATCORE)} tasks"
+    name += "" if limit is None else f", {limit} a task"
+    return name, sum(centred.values()) / len(centred)
 
 
 def _percent(value: Value) -> str | None:
     return f"{100 * value:.0f}%" if isinstance(value, int | float) else None
 
 
-def _by_stage(sections: Sequence[Section]) -> dict[str, dict[str, Sequence[Value]]]:
-    """Result rows by stage and task, for the stages that have any."""
-    found = {source: _rows_of(sections, source) for source in MODELS}
-    return {source: rows for source, rows in found.items() if rows}
+def _by_model(sections: Sequence[Section]) -> dict[str, dict[str, Row]]:
+    """Result rows by model and task, for the models that have any."""
+    judged = {section_name(source) for source in MODELS}
+    found = {section.stage: section for section in sections if section.stage in judged}
+    rows = {stage: _result_rows(section) for stage, section in found.items()}
+    names = model_names(section for stage, section in found.items() if rows[stage])
+    return {name: {str(row["task"]): row for row in rows[stage]} for stage, name in names.items()}
 
 
-def _tasks(found: Mapping[str, Mapping[str, Sequence[Value]]]) -> list[str]:
+def _tasks(found: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return list(dict.fromkeys(name for rows in found.values() for name in rows))
 
 
-def _fact(row: Sequence[Value] | None, name: str) -> Value:
-    return None if row is None else row[COLUMNS.index(name)]
+def _rows(table: Table) -> list[Row]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
-def _rows_of(sections: Sequence[Section], source: str) -> dict[str, Sequence[Value]]:
-    rows = {}
-    for section in sections:
-        if section.stage == section_name(source):
-            rows = {str(row[0]): row for row in _result_rows(section)}
-    return rows
-
-
-def _result_rows(section: Section) -> list[Sequence[Value]]:
+def _result_rows(section: Section) -> list[Row]:
+    """The rows of a stored section; those of earlier versions have no limit."""
+    needed = set(COLUMNS) - {"limit"}
     tables = [part for part in section.parts if isinstance(part, Table)]
-    return [row for table in tables if tuple(table.columns) == COLUMNS for row in table.rows]
+    return [row for table in tables if needed <= set(table.columns) for row in _rows(table)]
 
 
-def _cell(row: Sequence[Value] | None) -> str | None:
+def _cell(row: Row | None) -> str | None:
     if row is None:
         return None
-    facts = dict(zip(COLUMNS, row, strict=True))
-    accuracy, low, high, guessing = (facts[n] for n in ("accuracy", "low", "high", "guessing"))
+    accuracy, low, high, guessing = (row[n] for n in ("accuracy", "low", "high", "guessing"))
     if not all(isinstance(x, int | float) for x in (accuracy, low, high, guessing)):
-        return str(facts["note"])
+        return str(row["note"])
     assert isinstance(accuracy, int | float) and isinstance(low, int | float)
     assert isinstance(high, int | float) and isinstance(guessing, int | float)
     mark = " *" if low > guessing else ""
-    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {facts['problems']}{mark}"
+    return f"{100 * accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row['problems']}{mark}"

@@ -25,7 +25,7 @@ from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
 from jaxchat.embedded_tasks import NOTE, embedded_tasks
 from jaxchat.progress import make_console
-from jaxchat.report import Report, Table, Text
+from jaxchat.report import Report, Table, Text, model_facts
 from jaxchat.stages import LoadedModel, find_checkpoint, load_model
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -85,6 +85,12 @@ def main(config: Config) -> None:
         [
             Text(f"{name}: {metric:.4f}, {config.source} step {model.meta['step']}"),
             table,
+            model_facts(
+                source=config.source,
+                tag=model.tag,
+                meta=model.meta,
+                tokenizer=model.tokenizer.fingerprint,
+            ),
         ],
         wall_seconds=time.monotonic() - started,
         figures={label: metric},

@@ -16,7 +16,7 @@ from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte, evaluation_batches
 from jaxchat.progress import make_console, progress_bar
-from jaxchat.report import Report, Samples, Table
+from jaxchat.report import Report, Samples, Table, model_facts
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.stages import LoadedModel, load_model
@@ -80,6 +80,12 @@ def main(config: Config) -> None:
             Table(["split", "bits per byte"], list(scores.items()), facts),
             Samples(greedy, "Greedy"),
             Samples(drawn, "Temperature 0.8, top-k 50"),
+            model_facts(
+                source=config.source,
+                tag=model.tag,
+                meta=model.meta,
+                tokenizer=model.tokenizer.fingerprint,
+            ),
         ],
         wall_seconds=time.monotonic() - started,
         figures={f"{split} bpb": value for split, value in scores.items()},

@@ -8,7 +8,7 @@
 ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
 them it asks what needs no network, about the embedded documentation above all, and says that this
 is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The report shows
-the stages side by side.
+the stages side by side, and keeps what the same model has been asked before.
 """
 
 import time
@@ -24,19 +24,21 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
-from jaxchat.report import KeyValues, Report, Table, Text, Value
+from jaxchat.report import Report, Table, Text, model_facts
 from jaxchat.stages import LoadedModel, find_checkpoint, load_model
-from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat
+from jaxchat.task_eval import ChatResult, evaluate_chat
 from jaxchat.task_report import (
     compact,
+    figures,
     manners,
     result_table,
     section_name,
     side_by_side,
+    summarize,
     with_earlier_rows,
 )
 from jaxchat.tasks.base import Task
-from jaxchat.tasks.mixtures import CHATCORE, check_source, default_source, eval_names, eval_task
+from jaxchat.tasks.mixtures import check_source, default_source, eval_names, eval_task
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Config:
     batch_tokens: int = 16384
     """Padded tokens of a forward: lower it when memory runs out."""
     slots: int | None = None
-    """Replies generated at a time; 8 on a CPU and 64 elsewhere when not set."""
+    """Replies that a device writes at a time; 8 on a CPU and 64 elsewhere when not set."""
     sandbox: str = SANDBOXES[0]
     """Where code that the model writes runs: monty, bubblewrap or none."""
     backend: str = DEFAULT_BACKEND
@@ -81,26 +83,26 @@ def main(config: Config) -> None:
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )
     results = evaluate(config, model, tasks)
-    facts: dict[str, Value] = {
-        "source": config.source,
-        "model_tag": model.tag,
-        "run": model.meta.get("run"),
-        "step": model.meta["step"],
-        "tokenizer": model.tokenizer.fingerprint,
-    }
+    facts = model_facts(
+        source=config.source,
+        tag=model.tag,
+        meta=model.meta,
+        tokenizer=model.tokenizer.fingerprint,
+    )
     report = Report(base_dir())
-    table = with_earlier_rows(result_table(results), facts, report.sections(), config.source)
+    fresh = result_table(results, config.max_problems)
+    table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)
     console = make_console()
     console.print(on_screen(compact(table)))
-    summary = summarize(results)
+    summary = summarize(table)
     for name, value in summary.items():
         console.print(f"{name}: {value:.4f}")
     report.add(
         section_name(config.source),
         f"Chat evaluation ({config.source})",
-        [*(Text(f"{name}: {value:.4f}") for name, value in summary.items()), table, _facts(facts)],
+        [*(Text(f"{name}: {value:.4f}") for name, value in summary.items()), table, facts],
         wall_seconds=time.monotonic() - started,
-        figures=summary | {str(r[0]): r[3] for r in table.rows if isinstance(r[3], float)},
+        figures=summary | figures(table),
     )
     comparison, replies = side_by_side(report.sections()), manners(report.sections())
     report.add("chat_eval", "Chat tasks by stage", [comparison, replies])
@@ -137,27 +139,11 @@ def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[
     return results
 
 
-def summarize(results: Sequence[ChatResult]) -> dict[str, float]:
-    """ChatCORE when all of its tasks ran; a mean of others has another name."""
-    ran = {result.name for result in results if result.skipped is None}
-    if not ran:
-        return {}
-    if ran == set(CHATCORE):
-        return {"ChatCORE": chat_core(results)}
-    if ran <= set(CHATCORE):
-        return {f"mean of {len(ran)} of ChatCORE's {len(CHATCORE)} tasks": chat_core(results)}
-    return {"mean centred accuracy (not ChatCORE)": chat_core(results)}
-
-
 def on_screen(table: Table) -> ScreenTable:
     shown = ScreenTable(*table.columns, caption=table.caption or None)
     for row in table.rows:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
     return shown
-
-
-def _facts(facts: dict[str, Value]) -> KeyValues:
-    return KeyValues(facts, "Of the model")
 
 
 if __name__ == "__main__":

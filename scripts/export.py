@@ -16,8 +16,8 @@ from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.export import export_hugging_face, sections_of
-from jaxchat.report import Report
-from jaxchat.stages import find_model_tag, load_model
+from jaxchat.report import Report, Subject
+from jaxchat.stages import load_model
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Config:
 
 def main(config: Config) -> None:
     """Load, write, and say where."""
-    tag = config.model_tag or find_model_tag(config.source)
-    model = load_model(config.source, backend=config.backend, model_tag=tag, step=config.step)
-    sections = sections_of(Report(base_dir()).sections(), config.source, tag)
-    name = f"jaxchat {config.source} {tag}"
+    model = load_model(
+        config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
+    )
+    subject = Subject(config.source, model.tag, model.meta.get("run"), model.meta["step"])
+    sections = sections_of(Report(base_dir()).sections(), subject)
+    name = f"jaxchat {config.source} {model.tag}"
     export_hugging_face(model, config.output, name=name, source=config.source, sections=sections)
     size = sum(path.stat().st_size for path in config.output.iterdir())
     print(f"{name}, step {model.meta['step']}: {size:,} bytes in {config.output}")

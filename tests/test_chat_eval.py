@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -15,11 +16,20 @@ from jaxchat import cli
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
 from jaxchat.jax_backend import JaxBackend
-from jaxchat.report import Report
+from jaxchat.report import KeyValues, Report, Table, Text, model_facts
 from jaxchat.report_page import render
 from jaxchat.stages import stage_directory
 from jaxchat.task_eval import ChatResult
+from jaxchat.task_report import (
+    figures,
+    manners,
+    result_table,
+    side_by_side,
+    summarize,
+    with_earlier_rows,
+)
 from jaxchat.tasks.hub import HUB_SETS, missing_sets
+from jaxchat.tasks.mixtures import CHATCORE
 from jaxchat.tasks.words import words_path
 from jaxchat.tokenizer import Tokenizer
 from scripts import chat_eval, data_download
@@ -72,7 +82,7 @@ def test_stages_end_up_side_by_side_in_the_report(trained, capsys):
     assert [row[0] for row in replies.rows] == ["Arithmetic: ended", "Arithmetic: called"]
     text = render(Report(trained)).read_text()
     assert "## Chat tasks by stage" in text
-    assert "| Arithmetic | 0 | 0 |" in text  # the summary
+    assert "| Arithmetic of 4 | 0 | 0 |" in text  # the summary
 
 
 def test_a_later_run_keeps_the_other_rows_of_the_same_model_alone(trained, tmp_path):
@@ -122,15 +132,119 @@ def test_tasks_may_be_given_in_a_row_or_again_and_again():
         chat_eval.Config(max_problems=0)
 
 
-def test_the_mean_has_the_name_of_what_it_is_the_mean_of():
-    def results(*names):
-        return [ChatResult(name, "generative", 0.0, 10, 5) for name in names]
+def result(name, correct=5):
+    return ChatResult(name, "generative", 0.0, 10, correct)
 
-    assert chat_eval.summarize(results(*chat_eval.CHATCORE)) == {"ChatCORE": 0.5}
-    assert chat_eval.summarize(results("GSM8K")) == {"mean of 1 of ChatCORE's 6 tasks": 0.5}
-    (name,) = chat_eval.summarize(results("Arithmetic", "HumanEval"))
+
+def table_of(*names, limit=None):
+    return result_table([result(name) for name in names], limit)
+
+
+def test_the_mean_has_the_name_of_what_it_is_the_mean_of():
+    assert summarize(table_of(*CHATCORE)) == {"ChatCORE": 0.5}
+    assert summarize(table_of(*CHATCORE, limit=5)) == {"ChatCORE of 5 a task": 0.5}
+    assert summarize(table_of("GSM8K")) == {"mean of 1 of ChatCORE's 6 tasks": 0.5}
+    assert summarize(table_of("GSM8K", limit=5)) == {
+        "mean of 1 of ChatCORE's 6 tasks, 5 a task": 0.5
+    }
+    (name,) = summarize(table_of("Arithmetic", "HumanEval"))
     assert name.endswith("(not ChatCORE)")
-    assert chat_eval.summarize([ChatResult("x", "generative", 0.0, skipped="no")]) == {}
+    assert summarize(table_of("Arithmetic", limit=5)) == {
+        "mean centred accuracy (not ChatCORE), 5 a task": 0.5
+    }
+    assert summarize(result_table([ChatResult("x", "generative", 0.0, skipped="no")])) == {}
+
+
+def test_chatcore_is_the_mean_of_its_own_tasks_whatever_else_was_asked():
+    table = result_table([result("mine.jsonl", 0), *(result(name, 8) for name in CHATCORE)])
+    assert summarize(table) == {"ChatCORE": pytest.approx(0.8)}
+
+
+@pytest.mark.parametrize("skipped", CHATCORE)
+def test_a_task_that_was_skipped_is_no_part_of_a_mean(skipped):
+    results = [result(name) for name in CHATCORE if name != skipped]
+    results.append(ChatResult(skipped, "generative", 0.0, skipped="no sandbox"))
+    assert summarize(result_table(results)) == {"mean of 5 of ChatCORE's 6 tasks": 0.5}
+
+
+def test_problems_of_different_limits_have_means_of_their_own():
+    full, short = table_of(*CHATCORE[:5]), table_of(CHATCORE[5], "Arithmetic", limit=5)
+    mixed = Table(full.columns, [*full.rows, *short.rows])
+    assert summarize(mixed) == {
+        "mean of 5 of ChatCORE's 6 tasks": 0.5,
+        "mean centred accuracy (not ChatCORE), 5 a task": 0.5,
+    }
+    assert figures(mixed) == {
+        **dict.fromkeys(CHATCORE[:5], 0.5),
+        f"{CHATCORE[5]} of 5": 0.5,
+        "Arithmetic of 5": 0.5,
+    }
+
+
+@pytest.fixture
+def judged(trained, monkeypatch):
+    """What chat_eval says of the model, whose every reply is half right, and its section."""
+
+    def evaluate(config, _model, _tasks):
+        return [result(name) for name in config.task or CHATCORE]
+
+    def run_with(words):
+        run(["-i", "sft", *words])
+        (section,) = (s for s in Report(trained).sections() if s.stage == "chat_eval_sft")
+        return section
+
+    monkeypatch.setattr(chat_eval, "evaluate", evaluate)
+    monkeypatch.setattr(chat_eval, "choose_tasks", lambda _: [])
+    for path in (trained / "report" / "sections").glob("chat_eval*"):
+        path.unlink()
+    return run_with
+
+
+def test_one_task_again_leaves_chatcore(judged, capsys):
+    """The report had six rows, and "mean of 1 of ChatCORE's 6 tasks"."""
+    assert judged([]).figures["ChatCORE"] == 0.5
+    again = judged(["-a", "GSM8K"])
+    assert again.figures == {"ChatCORE": 0.5, **dict.fromkeys(CHATCORE, 0.5)}
+    assert Text("ChatCORE: 0.5000") in again.parts
+    assert "mean of 1" not in capsys.readouterr().out
+
+
+def test_a_few_problems_are_not_chatcore(judged):
+    assert "ChatCORE of 5 a task" in judged(["-x", "5"]).figures
+    mixed = judged(["-a", "GSM8K"]).figures
+    assert "mean of 5 of ChatCORE's 6 tasks, 5 a task" in mixed
+    assert "mean of 1 of ChatCORE's 6 tasks" in mixed
+    assert not any(name.startswith("ChatCORE") for name in mixed)
+    assert {"GSM8K", "MMLU of 5"} <= mixed.keys()
+    assert judged([]).figures.keys() == {"ChatCORE", *CHATCORE}
+
+
+def test_models_of_other_tags_stand_side_by_side_under_their_names(trained, judged, tmp_path):
+    """d12's base and d4's sft stood under `base` and `sft`, as if one had become the other."""
+    judged([])
+    facts = model_facts(source="mid", tag="d12", meta={"step": 7}, tokenizer="t")
+    report = Report(tmp_path)
+    for section in Report(trained).sections():
+        report.add(section.stage, section.title, section.parts)
+    report.add("chat_eval_mid", "Chat", [table_of("GSM8K"), facts])
+    assert list(side_by_side(report.sections()).columns) == ["task", "mid d12", "sft d2"]
+    assert list(manners(report.sections()).columns) == ["replies", "mid d12", "sft d2"]
+
+
+def test_a_section_of_an_earlier_version_is_shown_but_makes_no_claim(judged):
+    """Its rows do not say how many problems had been asked for."""
+    section = judged([])
+    table = next(part for part in section.parts if isinstance(part, Table))
+    at = list(table.columns).index("limit")
+    older = Table(
+        [*table.columns[:at], *table.columns[at + 1 :]],
+        [[*row[:at], *row[at + 1 :]] for row in table.rows],
+    )
+    facts = next(part for part in section.parts if isinstance(part, KeyValues))
+    stored = replace(section, parts=[older, facts])
+    assert side_by_side([stored]).rows == side_by_side([section]).rows
+    fresh = table_of("GSM8K")
+    assert with_earlier_rows(fresh, facts.values, [stored], "sft").rows == fresh.rows
 
 
 # --- the hub's task sets --------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 import json
 import os
 import random
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxchat import cli
+from jaxchat import cli, core_tasks
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
 from jaxchat.core_eval import batches, bucket_length, core_metric, evaluate_task
 from jaxchat.core_tasks import (
@@ -25,6 +27,8 @@ from jaxchat.dataset import Corpus
 from jaxchat.embedded_tasks import embedded_tasks
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
+from jaxchat.report import Report, Subject, subject_of
+from jaxchat.stages import stage_directory
 from jaxchat.tokenizer import Tokenizer
 from scripts import base_eval
 from tests.models import make_perturbed
@@ -40,8 +44,14 @@ SCHEMA = {"context_options": ["Ann saw Bo and Ann", "Ann saw Bo and Bo"], "conti
 LANGUAGE = {"context": " One, two, ", "continuation": "three"}
 
 
-def task_of(kind, examples, *, shots=0, delimiter=" "):
-    return Task("t", kind, shots, delimiter, 25.0, tuple(examples))
+def task_of(kind, examples, *, shots=0, delimiter=" ", baseline=25.0):
+    return Task("t", kind, shots, delimiter, baseline, tuple(examples))
+
+
+def sequences_of(task, index, tokenizer, max_length):
+    """Those of one question."""
+    (spans,) = sequences(task, [index], tokenizer, max_length)
+    return spans
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +105,7 @@ def test_golden_prompts_of_every_kind():
 
 def test_spans_cover_exactly_what_differs(tokenizer):
     def scored(kind, example):
-        spans = sequences(task_of(kind, [example]), 0, tokenizer, 256)
+        spans = sequences_of(task_of(kind, [example]), 0, tokenizer, 256)
         assert all(span.ids[0] == tokenizer.bos_id for span in spans)
         return [tokenizer.decode(span.ids[span.start : span.end]) for span in spans]
 
@@ -107,15 +117,15 @@ def test_spans_cover_exactly_what_differs(tokenizer):
 def test_a_choice_that_begins_all_others_is_scored_too(tokenizer):
     """Its span would be empty, and the mean of nothing wins every comparison."""
     example = {**CHOICE, "choices": ["blue", "blue and"], "gold": 1}
-    first, second = sequences(task_of("multiple_choice", [example]), 0, tokenizer, 256)
-    assert second.ids[: len(first.ids)] == first.ids
+    first, second = sequences_of(task_of("multiple_choice", [example]), 0, tokenizer, 256)
+    assert second.ids[: len(first.ids)].tolist() == first.ids.tolist()
     assert (first.start, first.end) == (len(first.ids) - 1, len(first.ids))
     assert (second.start, second.end) == (first.start, len(second.ids))
 
 
 def test_long_prompts_lose_their_beginning_not_their_span(tokenizer):
     long = {**LANGUAGE, "context": "One, two, three, " * 100}
-    (span,) = sequences(task_of("language_modeling", [long]), 0, tokenizer, 64)
+    (span,) = sequences_of(task_of("language_modeling", [long]), 0, tokenizer, 64)
     assert len(span.ids) == 64
     assert tokenizer.decode(span.ids[span.start : span.end]) == " three"
 
@@ -151,6 +161,41 @@ def test_examples_and_demonstrations_are_drawn_as_in_nanochat():
     assert [int(e["continuation"]) for e in demonstrations(task, 5)] == drawn
 
 
+@pytest.mark.parametrize("count", [2, 11, 22, 23, 24, 85, 86, 87, 300])
+def test_a_draw_is_that_of_a_list_of_all_others(count):
+    """The definition, on both sides of the sizes where `sample` changes its algorithm."""
+    task = task_of("language_modeling", range(count), shots=min(10, count - 1))
+    for index in range(count):
+        others = [i for i in range(count) if i != index]
+        drawn = random.Random(1234 + index).sample(others, task.num_fewshot)
+        assert demonstrations(task, index) == drawn
+
+
+def test_a_draw_does_not_look_at_all_other_examples():
+    """A list of them, for every question, was 82 of 171 s before CORE had its first batch."""
+    task = task_of("language_modeling", range(100_000), shots=10)
+    tracemalloc.start()
+    demonstrations(task, 50_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000, "bytes; a list of a hundred thousand has 800,000"
+
+
+def test_questions_encoded_together_have_the_ids_of_each_alone(tokenizer, monkeypatch):
+    """In groups of 256, as arrays: lists of ints took 2 GB for one task of CORE."""
+    examples = [{**LANGUAGE, "continuation": "three " * i} for i in range(1, 8)]
+    examples[3] = {"context": "Äh, \ud800", "continuation": "two"}  # a lone surrogate
+    monkeypatch.setattr(core_tasks, "ENCODED_QUESTIONS", 3)
+    task = task_of("language_modeling", examples, shots=2)
+    asked = [6, 0, 1, 2, 3, 4, 5]
+    found = list(sequences(task, asked, tokenizer, 256))
+    assert len(found) == len(asked)
+    for index, (span,) in zip(asked, found, strict=True):
+        assert span.ids.dtype == np.uint32
+        whole = prompts(task, index)[1]
+        assert span.ids.tolist() == [tokenizer.bos_id, *tokenizer.encode(whole)]
+
+
 def test_too_few_examples_for_the_demonstrations_are_refused():
     with pytest.raises(ValueError, match="t has 1 examples, its 1 demonstrations"):
         task_of("schema", [SCHEMA], shots=1)
@@ -170,14 +215,14 @@ def test_every_sequence_is_in_one_batch_that_holds_it():
 
 def decide_alone(backend, tokenizer, task, index):
     """The definition, one sequence at a time and unpadded."""
-    spans = sequences(task, index, tokenizer, backend.config.sequence_len)
+    spans = sequences_of(task, index, tokenizer, backend.config.sequence_len)
     results = []
     for ids, start, end in spans:
         row = np.array([ids], np.int32)
         nll, greedy = backend.score(row[:, :-1], row[:, 1:])
         results.append((nll[0, start - 1 : end - 1].mean(), greedy[0, start - 1 : end - 1]))
     if task.kind == "language_modeling":
-        return results[0][1].tolist() == spans[0].ids[spans[0].start : spans[0].end]
+        return results[0][1].tolist() == spans[0].ids[spans[0].start : spans[0].end].tolist()
     nats = [mean for mean, _ in results]
     return int(np.argmin(nats)) == task.examples[index]["gold"]
 
@@ -258,16 +303,73 @@ def test_a_bundle_that_is_none_says_how_to_get_one(tmp_path):
         load_bundle(tmp_path)
 
 
-def test_a_broken_line_of_a_bundle_is_named(tmp_path):
-    (tmp_path / "core.yaml").write_text(
-        "icl_tasks:\n- {label: t, dataset_uri: t.jsonl, num_fewshot: [0], "
-        "icl_task_type: language_modeling}\n"
-    )
-    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nt,0\n")
-    (tmp_path / "eval_data").mkdir()
-    (tmp_path / "eval_data" / "t.jsonl").write_text(json.dumps(LANGUAGE) + "\n{oops\n")
-    with pytest.raises(ValueError, match=r"t\.jsonl:2: "):
+ENTRY = "{label: t, dataset_uri: t.jsonl, num_fewshot: [0], icl_task_type: language_modeling}"
+
+
+def write_bundle(folder, *, listed=f"icl_tasks:\n- {ENTRY}\n", baselines="t,0", rows=(LANGUAGE,)):
+    """A bundle of one task; `rows` are examples, or lines as they are."""
+    (folder / "core.yaml").write_text(listed)
+    (folder / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{baselines}\n")
+    (folder / "eval_data").mkdir()
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "eval_data" / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+def test_a_bundle_of_ones_own_is_read(tmp_path):
+    write_bundle(tmp_path)
+    assert load_bundle(tmp_path) == [task_of("language_modeling", [LANGUAGE], baseline=0.0)]
+
+
+CHOOSING = f"icl_tasks:\n- {ENTRY.replace('language_modeling', 'multiple_choice')}\n"
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        ({"rows": (LANGUAGE, "{oops")}, r"t\.jsonl:2: "),
+        ({"rows": (LANGUAGE, "7")}, r"t\.jsonl:2: a language_modeling example must have context"),
+        ({"rows": ({"context": "x"},)}, r"t\.jsonl:1: .* must have context, continuation"),
+        ({"listed": CHOOSING, "rows": ({**CHOICE, "gold": 2},)}, r"t\.jsonl:1: gold=2 must be"),
+        ({"listed": CHOOSING, "rows": ({**CHOICE, "gold": "A"},)}, r"t\.jsonl:1: gold='A' must be"),
+        ({"listed": CHOOSING, "rows": ({**CHOICE, "choices": 7},)}, r"t\.jsonl:1: gold=0 must be"),
+        ({"baselines": "other,0"}, r"eval_meta_data\.csv has no row for task 't' of .*core\.yaml"),
+        ({"baselines": "t,0\nu,half"}, r"eval_meta_data\.csv:3: .* a name and a number"),
+        ({"baselines": "t"}, r"eval_meta_data\.csv:2: .* a name and a number"),
+        ({"listed": "icl_tasks:\n- {label: [t}\n"}, r"core\.yaml:2: "),
+        ({"listed": "icl_tasks: \x07"}, r"core\.yaml: .* special characters are not allowed"),
+        ({"listed": "tasks: []"}, r"core\.yaml has no list of tasks under icl_tasks"),
+        ({"listed": ""}, r"core\.yaml has no list of tasks under icl_tasks"),
+        ({"listed": "icl_tasks: 3"}, r"core\.yaml has no list of tasks under icl_tasks"),
+        (
+            {"listed": "icl_tasks: [{label: t}]"},
+            r"core\.yaml: entry 1 of icl_tasks.* must have label",
+        ),
+        ({"listed": "icl_tasks: [t]"}, r"core\.yaml: entry 1 of icl_tasks"),
+        (
+            {"listed": f"icl_tasks: [{ENTRY.replace('[0]', '10')}]"},
+            r"core\.yaml: entry 1 of icl_tasks.* a list of a number",
+        ),
+        ({"listed": f"icl_tasks: [{ENTRY.replace('language_', '')}]"}, "task t: kind 'modeling'"),
+    ],
+)
+def test_what_is_wrong_with_a_bundle_is_named(tmp_path, faulty, message):
+    """A task without a baseline, a list without tasks and broken YAML once ended in a traceback."""
+    write_bundle(tmp_path, **faulty)
+    with pytest.raises(ValueError, match=message):
         load_bundle(tmp_path)
+
+
+def test_the_report_says_which_model_has_been_judged(backend, tokenizer, base_dir, tmp_path):
+    """A CORE without a model was on the card of whatever was exported next."""
+    tokenizer.save(base_dir / "tokenizer")
+    store = CheckpointStore(stage_directory("base", "mini"))
+    store.save(7, backend, {"tokenizer": tokenizer.fingerprint, "run": "f00d"})
+    store.finish()
+    write_bundle(tmp_path)
+    base_eval.main(cli.parse(base_eval.Config, ["--bundle", str(tmp_path), "-g", "mini"]))
+    (section,) = Report(base_dir).sections()
+    assert section.figures.keys() == {"CORE"}
+    assert subject_of(section) == Subject("base", "mini", "f00d", 7)
 
 
 class Documentation(Corpus):

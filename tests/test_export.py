@@ -9,7 +9,7 @@ import pytest
 from jaxchat import export
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
-from jaxchat.report import KeyValues, Report
+from jaxchat.report import KeyValues, Report, Subject, model_facts, model_word, subject_of
 from jaxchat.stages import LoadedModel, load_model, stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import Tokenizer
@@ -18,6 +18,9 @@ from scripts import import_model
 from tests.models import assert_same_arrays
 from tests.test_convert import weights, without_padding
 from torch_ref.torch_backend import TorchBackend
+
+RUN = "f00d"
+"""Id of the run that made the model."""
 
 FILES = {
     "README.md",
@@ -55,7 +58,7 @@ def saved(backend, tokenizer, base_dir):
     """The model as a finished run leaves it."""
     tokenizer.save(base_dir / "tokenizer")
     store = CheckpointStore(stage_directory("sft", "d2"))
-    store.save(40, backend, {"tokenizer": tokenizer.fingerprint})
+    store.save(40, backend, {"tokenizer": tokenizer.fingerprint, "run": RUN})
     store.finish()
     return backend
 
@@ -111,22 +114,36 @@ def test_a_failed_export_leaves_nothing(saved, tmp_path, monkeypatch):
     assert list(target.parent.iterdir()) == []
 
 
-def add_reports(base_dir, tag, output_tag="None"):
-    report = Report(base_dir)
-    options = {"depth": "2", "model_tag": tag, "output_tag": output_tag}
-    options = KeyValues(options, "Options")
-    report.add("chat_sft", "Finetuning", [options], figures={"val loss": 1.25})
-    report.add("chat_eval_sft", "Evaluation", [], figures={"ChatCORE": 0.2})
-    report.add("base_train", "Pretraining", [], figures={"val bpb": 0.9})
+def add_training(base_dir, stage="chat_sft", steps=40, **options):
+    """A training section; options and plan are stored as text."""
+    parts = [
+        KeyValues({"num_iterations": str(steps)}, "What followed"),
+        KeyValues({name: str(value) for name, value in options.items()}, "Options"),
+    ]
+    Report(base_dir).add(stage, "Training", parts, figures={"val loss": 1.25})
+
+
+def add_evaluation(base_dir, stage="chat_eval_sft", *, source="sft", tag="d2", run=RUN, step=40):
+    facts = model_facts(source=source, tag=tag, meta={"run": run, "step": step}, tokenizer="t")
+    Report(base_dir).add(stage, "Evaluation", [facts], figures={"ChatCORE": 0.2})
+
+
+def card_of(folder, **options):
+    run(folder, **options)
+    return (folder / "README.md").read_text()
 
 
 def test_the_card_shows_the_results_of_this_model(saved, base_dir, tmp_path):
-    add_reports(base_dir, "None")
-    run(tmp_path / "out")
-    card = (tmp_path / "out/README.md").read_text()
+    add_training(base_dir, model_tag="d20", output_tag="d2")
+    add_evaluation(base_dir)
+    add_evaluation(base_dir, "sft_loss")
+    add_evaluation(base_dir, "base_eval", source="base")
+    add_training(base_dir, "base_train", depth=2, model_tag=None)
+    card = card_of(tmp_path / "out")
     assert "| chat_sft | val loss | 1.2500 |" in card
     assert "| chat_eval_sft | ChatCORE | 0.2000 |" in card
-    assert "val bpb" not in card  # the base model's
+    assert "| sft_loss | ChatCORE | 0.2000 |" in card
+    assert "base_" not in card  # another stage's
     assert "| stage and step | sft, 40 |" in card
     assert "split_special_tokens=True" in card and "`<|python_start|>`" in card
     assert ("trust_remote_code=True" in card) == (saved.config != saved.config.classic())
@@ -143,12 +160,54 @@ def test_the_card_tells_how_to_use_the_folder(saved, tmp_path, monkeypatch, caps
     assert "<|user_start|>Why is the sky blue?" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tags", [("d20",), ("d2", "mine")])
-def test_the_card_does_not_show_another_models_results(saved, base_dir, tmp_path, tags):
-    add_reports(base_dir, *tags)
-    run(tmp_path / "out")
-    card = (tmp_path / "out/README.md").read_text()
-    assert "None were reported." in card and "val loss" not in card
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_tag": "d20", "output_tag": "d20"},
+        {"model_tag": "d2", "output_tag": "mine"},
+        {"model_tag": None, "output_tag": None},  # which was the deepest of that day
+        {"model_tag": "d2", "output_tag": "d2", "steps": 300},  # what it became later
+        {},
+    ],
+)
+def test_the_card_does_not_show_another_trainings_results(saved, base_dir, tmp_path, options):
+    add_training(base_dir, **options)
+    assert "None were reported." in card_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "facts", [{"tag": "d4"}, {"run": "an earlier one"}, {"step": 20}, {"source": "mid"}]
+)
+def test_the_card_does_not_show_another_models_evaluation(saved, base_dir, tmp_path, facts):
+    """d4's ChatCORE was on the card of what was finetuned after it, under a tag of its own."""
+    add_training(base_dir, model_tag="d2", output_tag="d2")
+    add_evaluation(base_dir, **facts)
+    card = card_of(tmp_path / "out")
+    assert "val loss" in card and "ChatCORE" not in card
+
+
+def test_an_evaluation_that_does_not_say_its_model_is_on_no_card(saved, base_dir, tmp_path):
+    Report(base_dir).add("chat_eval_sft", "Evaluation", [], figures={"ChatCORE": 0.2})
+    Report(base_dir).add("sft_loss", "Loss", [], figures={"val bpb": 0.9})
+    assert "None were reported." in card_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "tag"),
+    [
+        ({"depth": 12, "model_tag": None}, "d12"),
+        ({"depth": 12, "model_tag": "mini"}, "mini"),
+        ({"model_tag": "d4", "output_tag": None}, "d4"),
+        ({"model_tag": "d4", "output_tag": "mine"}, "mine"),
+        ({"model_tag": None, "output_tag": None}, None),
+    ],
+)
+def test_the_options_of_a_training_name_its_result(base_dir, options, tag):
+    stage = "base_train" if "depth" in options else "chat_rl"
+    add_training(base_dir, stage, **options)
+    (section,) = Report(base_dir).sections()
+    source = model_word(stage)
+    assert subject_of(section) == (None if tag is None else Subject(source, tag, step=40))
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_is_written(base_dir, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxchat import environment, report_page
-from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text
+from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text, model_facts
 from jaxchat.report_page import render
 from scripts import report as report_script
 
@@ -73,6 +73,42 @@ def test_the_header_sums_up(card):
     assert "| base\\_eval | 1m 05s |" in text
     assert "| total | 1h 01m 05s |" in text
     assert "| abacus | c0ffee |" in text
+
+
+def about(source, tag):
+    return [model_facts(source=source, tag=tag, meta={"run": "r", "step": 7}, tokenizer="t")]
+
+
+def options(**values):
+    return [KeyValues({name: str(value) for name, value in values.items()}, "Options")]
+
+
+def summary_of(card):
+    text = render(card).read_text()
+    return text.split("## Summary\n\n")[1].split("\n\n")[0].split("\n")
+
+
+def test_the_summary_keeps_models_of_other_tags_apart(card):
+    """d12's CORE stood beside d4's ChatCORE, and above d20's loss, as if all were one model."""
+    card.add("base_train", "Base", options(depth=20, model_tag=None), figures={"val bpb": 1.25})
+    card.add("base_loss", "Loss", [], figures={"val bpb": 1.5})  # does not say whose
+    card.add("base_eval", "CORE", about("base", "d12"), figures={"CORE": 0.25})
+    card.add("chat_eval_base", "Chat", about("base", "d12"), figures={"MMLU": 0.5})
+    card.add("chat_eval_sft", "Chat", about("sft", "d4"), figures={"MMLU": 0.75})
+    assert summary_of(card) == [
+        "| figure | base d20 | base | base d12 | sft d4 |",
+        "|---|---|---|---|---|",
+        "| val bpb | 1.25 | 1.5 |  |  |",
+        "| CORE |  |  | 0.25 |  |",
+        "| MMLU |  |  | 0.5 | 0.75 |",
+    ]
+
+
+def test_the_summary_names_no_tag_where_there_is_one(card):
+    card.add("base_train", "Base", options(depth=4, model_tag=None), figures={"val bpb": 1.25})
+    card.add("base_eval", "CORE", about("base", "d4"), figures={"CORE": 0.25})
+    card.add("chat_sft", "Chat", options(model_tag="d4", output_tag="d4"), figures={"val bpb": 1})
+    assert summary_of(card)[0] == "| figure | base | sft |"
 
 
 def test_pictures_are_drawn_linked_and_cleaned_up(card):

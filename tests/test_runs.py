@@ -175,20 +175,39 @@ def test_runs_are_read_from_what_training_leaves(base_dir):
     assert (bpb.flops[0], bpb.flops[-1], bpb.values) == (0, loss.flops[-1], [3.0, 1.25])
 
 
+def rewrite(meta, change):
+    """Change a stored meta.json in place."""
+    stored = json.loads(meta.read_text())
+    change(stored)
+    meta.write_text(json.dumps(stored))
+
+
 def test_what_cannot_be_read_is_left_out_with_a_warning(base_dir, capsys):
+    """And what another version has written: that ended the whole table in a traceback."""
     model = models((32,))[0]
-    for tag in ("mini_cut", "mini_empty", "mini_back", "mini_whole"):
-        write_run(base_dir, tag, model, 1e12, 1.5, core=("CORE", 0.3))
+    faults = ("cut", "empty", "short", "budget", "config", "field", "plan", "metrics")
+    for tag in (*faults, "back", "whole"):
+        write_run(base_dir, f"mini_{tag}", model, 1e12, 1.5, core=("CORE", 0.3))
     runs = base_dir / "base_checkpoints"
-    [meta] = runs.glob("mini_cut/*/meta.json")
-    meta.write_text(meta.read_text()[:40])
-    [judged] = runs.glob("mini_empty/*/base_eval.csv")
-    judged.write_text("")
+    meta = {tag: next(runs.glob(f"mini_{tag}/*/meta.json")) for tag in faults}
+    meta["cut"].write_text(meta["cut"].read_text()[:40])
+    (meta["empty"].parent / "base_eval.csv").write_text("")
+    (meta["short"].parent / "base_eval.csv").write_text("CORE\n")
+    rewrite(meta["budget"], lambda stored: stored["config"].clear())
+    rewrite(meta["config"], lambda stored: stored.update(config=None))
+    rewrite(meta["field"], lambda stored: stored["model"].update(n_expert=8))
+    rewrite(meta["plan"], lambda stored: stored["plan"].clear())
+    (runs / "mini_metrics" / "metrics.jsonl").write_text('{"val/bpb": 1.5}\n')
     [newest] = runs.glob("mini_back/step_*")  # the last one was lost
     newest.rename(newest.with_name("step_000001"))
     assert [run.tag for run in scaling.read_runs("mini_*")] == ["mini_whole"]
     warned = capsys.readouterr().err
-    assert set(re.findall(r"leaving out \S*/(mini_\w+),", warned)) == {"mini_cut", "mini_empty"}
+    told = dict(re.findall(r"leaving out \S*/mini_(\w+), which cannot be read: (.+)", warned))
+    assert set(told) == set(faults)
+    assert told["budget"] == "'target_flops' is missing"
+    assert "n_expert" in told["field"]
+    sweep_table.main(sweep_table.Config(tags="mini_*"))
+    assert "mini_whole" in capsys.readouterr().out
 
 
 def test_a_skipped_step_leaves_no_hole_in_a_curve(base_dir):

@@ -15,7 +15,7 @@ from jaxchat.conversation import render, render_for_completion
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
 from jaxchat.report import KeyValues, Section, Table
-from jaxchat.task_eval import ChatResult, chat_core, evaluate_chat, wilson
+from jaxchat.task_eval import ChatResult, evaluate_chat, wilson
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import MultipleChoice, Task, ask_choice
 from jaxchat.tasks.humaneval import HumanEval
@@ -220,16 +220,6 @@ def test_an_interval_holds_its_share(correct, problems):
 
 def test_intervals_of_nothing_are_nothing():
     assert all(math.isnan(bound) for bound in wilson(0, 0))
-
-
-def test_chatcore_is_the_mean_above_guessing():
-    results = [
-        ChatResult("ARC-Easy", "categorical", 0.25, 100, 40),
-        ChatResult("GSM8K", "generative", 0.0, 10, 3),
-        ChatResult("HumanEval", "generative", 0.0, skipped="no sandbox"),
-    ]
-    assert chat_core(results) == pytest.approx(((0.40 - 0.25) / 0.75 + 0.3) / 2)
-    assert math.isnan(chat_core(results[2:]))
 
 
 # --- the report -----------------------------------------------------------------------------------
