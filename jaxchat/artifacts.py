@@ -188,9 +188,9 @@ def download(
     """Fetch a file to `path`, or return at once when it is there.
 
     Continues a `.part` of an earlier call, whose bytes `on_bytes` hears of first, and then of those
-    that come (negative when some are thrown away). `timeout` is the longest silence in seconds; attempt k waits up to
-    backoff x 2^k seconds, as long as the server asks with Retry-After at least. OSError when the
-    server says no for good or all attempts fail; the part is kept.
+    that come (negative when some are thrown away). `timeout` is the longest silence in seconds;
+    attempt k waits up to backoff x 2^k seconds, as long as the server asks with Retry-After at
+    least. OSError when the server says no for good or all attempts fail; the part is kept.
     """
     with lock(path):
         if path.exists():

@@ -83,7 +83,7 @@ class Config:
     card: int | None = None
     """Preset for a card of 8, 16, 24 or 80 GB: the memory to fit into, and what saves some."""
     remat: str | None = None
-    """Compute activations twice, to save memory: none, products (kept), block, offload (to host)."""
+    """Compute activations twice to save memory: none, products (kept), block, offload (to host)."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory."""
     total_batch_size: int | None = None

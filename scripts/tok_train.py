@@ -4,9 +4,9 @@
     python -m scripts.tok_train --vocab-size 8192 --corpus embedded
 
 Reads documents until `--max-chars`, learns the merges, and writes BASE/tokenizer (see
-jaxchat/tokenizer.py for the files) and a section of the report. The models in BASE are trained with
-it: another tokenizer is for other models, best in a folder of their own (JAXCHAT_BASE_DIR). One that
-is replaced all the same is kept beside the new one.
+jaxchat/tokenizer.py for the files) and a section of the report. The models in BASE are trained
+with it: another tokenizer is for other models, best in a folder of their own (JAXCHAT_BASE_DIR).
+One that is replaced all the same is kept beside the new one.
 """
 
 import time

@@ -140,7 +140,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_speedrun_that_is_told_to_stop_waits_until_its_stage_has_saved(tmp_path, number):
-    """The shell alone is told, as by `docker stop`: in the foreground the stage would hear nothing."""
+    """The shell alone is told, as by `docker stop`: a stage in the foreground hears nothing."""
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     (tmp_path / "stage.py").write_text(STAGE)
