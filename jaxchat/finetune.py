@@ -1,9 +1,10 @@
 """Midtraining and supervised finetuning: the pretraining loop on conversations.
 
 The two stages differ in what they read and where they start, so a script brings a `Lesson` and its
-defaults, and everything else is here. What the options leave open is inherited from the run that
-the weights come from: batch sizes, learning rates, optimizer. Muon's weight decay is off, as
-upstream's. Left out: what the conversations are (tasks/) and how they are packed (chat_packing.py).
+defaults, and everything else is here. What the options leave open is inherited: batch, learning
+rates and optimizer of the base run, and what saved memory in the run that the weights come from.
+Muon's weight decay is off, as upstream's. Left out: what the conversations are (tasks/) and how
+they are packed (chat_packing.py).
 """
 
 import math
@@ -24,13 +25,7 @@ from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
 from jaxchat.dataloader import NUM_STREAMS
-from jaxchat.finetune_options import (
-    BASE_OPTIMIZER,
-    FinetuneOptions,
-    Inherited,
-    batch_for,
-    optimizer_of,
-)
+from jaxchat.finetune_options import FinetuneOptions, Inherited, batch_for, optimizer_of
 from jaxchat.loss_eval import bits_per_byte, one_pass
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
@@ -38,7 +33,15 @@ from jaxchat.progress import OnProgress
 from jaxchat.report import KeyValues, Report, Table
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import LoadedModel, find_output, how_to_talk, load_model
+from jaxchat.stages import (
+    LoadedModel,
+    find_output,
+    find_source,
+    how_to_talk,
+    load_model,
+    recorded,
+    tag_of,
+)
 from jaxchat.tasks.base import Task, TaskSequence
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
@@ -99,6 +102,11 @@ class _Run:
     def sequence_len(self) -> int:
         return self.backend.config.sequence_len
 
+    @property
+    def tag(self) -> str:
+        """The result's."""
+        return tag_of(self.lesson.stage, self.store.directory)
+
 
 def finetune(options: FinetuneOptions, lesson: Lesson) -> None:
     """Train the source's model on the lesson, save it, and add a section to the report."""
@@ -111,7 +119,7 @@ def _train(run: _Run) -> None:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     options, backend, plan = run.options, run.backend, run.plan
-    savings = run.inherited.savings_on(backend.name)
+    savings = options.savings(run.inherited.savings_on(backend.name))
     backend.start_training(run.optimizer, plan, savings)
     if options.warm_start:
         load_arrays(backend, run.model.path, run.model.meta, training=True)
@@ -121,7 +129,9 @@ def _train(run: _Run) -> None:
         plan,
         sequence_len=run.sequence_len,
         asked=options.device_batch_size,
-        before=start.get("config", {}).get("device_batch_size", run.inherited.device_batch_size),
+        before=start.get("config", {}).get("device_batch_size"),
+        card=options.card,
+        new_model=False,
     )
     run = replace(run, options=replace(options, device_batch_size=rows))
     loop = LoopConfig(
@@ -146,7 +156,7 @@ def _train(run: _Run) -> None:
         started=started,
         open_loader=partial(_train_loader, run),
         schedule=lambda step: schedule_at(step, run.schedule, plan),
-        meta={**run.facts, BASE_OPTIMIZER: asdict(run.inherited.optimizer)},
+        meta={**run.facts, **run.inherited.meta},
         config=_settled(run) | asdict(savings),
         resume=options.resume,
         run=options.run,
@@ -159,14 +169,14 @@ def _train(run: _Run) -> None:
 
 def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
     """Load the source and settle what the options leave open."""
-    output = find_output(
-        lesson.stage, options.source, options.model_tag, options.step, options.output_tag
-    )
+    ends = (lesson.stage, options.source, options.model_tag, options.step, options.output_tag)
+    found, output = find_source(*ends), find_output(*ends)
+    store = CheckpointStore(output, keep=options.keep_checkpoints)
     model = load_model(
         options.source,
         backend=options.backend,
-        model_tag=options.model_tag,
-        step=options.step,
+        model_tag=found.tag,
+        step=found.step,
         mesh=options.mesh,
     )
     meta = model.meta
@@ -177,14 +187,9 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         warmdown_ratio=options.warmdown_ratio,
         final_lr_frac=options.final_lr_frac,
     )
-    devices, length = model.backend.devices, model.backend.config.sequence_len
+    length = model.backend.config.sequence_len
     tokens = length * rows_per_epoch(lesson.train, model.tokenizer, sequence_len=length)
-    dealt = math.lcm(devices.count, NUM_STREAMS if devices.processes > 1 else 1)
-    batch = options.total_batch_size or batch_for(
-        inherited.total_batch_size,
-        pass_tokens=tokens,
-        unit=length * dealt * (options.device_batch_size or 1),
-    )
+    batch = _batch(options, model.backend, store, inherited, pass_tokens=tokens)
     steps = options.num_iterations or max(1, round(options.epochs * tokens / batch))
     plan = TrainingPlan(
         total_batch_size=batch,
@@ -211,12 +216,39 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         options=options,
         lesson=lesson,
         model=model,
-        store=CheckpointStore(output, keep=options.keep_checkpoints),
+        store=store,
         inherited=inherited,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
         facts=facts,
+    )
+
+
+def _batch(
+    options: FinetuneOptions,
+    backend: Backend,
+    store: CheckpointStore,
+    inherited: Inherited,
+    *,
+    pass_tokens: float,
+) -> int:
+    """Tokens per step: those asked for, those of the run that goes on here, or what data allows.
+
+    What data allows depends on devices and micro-batches, which may be others by then.
+    """
+    before = recorded(store, backend, "plan", resume=options.resume)
+    if options.total_batch_size is not None:
+        return options.total_batch_size
+    if before is not None:
+        return before["total_batch_size"]
+    devices = backend.devices
+    dealt = math.lcm(devices.count, NUM_STREAMS if devices.processes > 1 else 1)
+    rows = dealt * (options.device_batch_size or 1)
+    return batch_for(
+        inherited.total_batch_size,
+        pass_tokens=pass_tokens,
+        unit=backend.config.sequence_len * rows,
     )
 
 
@@ -226,7 +258,7 @@ def _settled(run: _Run) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(run.options).items()
     }
-    return {**options, "model_tag": run.model.tag, "output_tag": run.store.directory.name}
+    return {**options, "model_tag": run.model.tag, "output_tag": run.tag}
 
 
 def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
@@ -302,8 +334,8 @@ def _report(run: _Run, result: LoopResult) -> None:
         figures=figures,
     )
     runtime.print0(
-        f"{run.store.directory.name}: {result.step} steps in {result.train_seconds:.0f} s of "
+        f"{run.tag}: {result.step} steps in {result.train_seconds:.0f} s of "
         f"training, validation {figures['val bpb']:.4f} bits per byte, "
         f"saved in {run.store.path(result.step)}"
     )
-    runtime.print0(how_to_talk(run.lesson.stage, run.store.directory.name))
+    runtime.print0(how_to_talk(run.lesson.stage, run.tag))

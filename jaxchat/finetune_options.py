@@ -1,14 +1,14 @@
 """What midtraining and finetuning can be told, and what they take over when they are not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.config import OptimizerConfig
-from jaxchat.memory import NO_SAVINGS, Savings
+from jaxchat.memory import NO_SAVINGS, Savings, savings_of
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, check_positive
 
 
@@ -34,9 +34,15 @@ class FinetuneOptions:
     epochs: float = 1.0
     """Passes over the mixture."""
     device_batch_size: int | None = None
-    """Rows per device and micro-batch; the source's if they divide the batch, or what fits."""
+    """Rows per device and micro-batch; as many as its memory holds when not set."""
+    card: int | None = None
+    """Preset for a card of 8, 16, 24 or 80 GB, in place of what the source's run saved."""
+    remat: str | None = None
+    """Kept of a block: all (none), products, input (block), offload; the source's when not set."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory; as the source's run did when not set."""
     total_batch_size: int | None = None
-    """Tokens per optimizer step; the source's when not set, or less for a pass of few steps."""
+    """Tokens per optimizer step; the base run's when not set, or less for a pass of few steps."""
     embedding_lr: float | None = None
     """Learning rate of the token embedding (AdamW)."""
     unembedding_lr: float | None = None
@@ -81,9 +87,32 @@ class FinetuneOptions:
         check_positive(
             num_iterations=self.num_iterations,
             epochs=self.epochs,
+            device_batch_size=self.device_batch_size,
             total_batch_size=self.total_batch_size,
             init_lr_frac=self.init_lr_frac,
         )
+        check_seed(self.seed)
+        self.savings(NO_SAVINGS)
+
+    def savings(self, inherited: Savings) -> Savings:
+        """What the source's run saved, or the card's preset, with what is asked for in its place.
+
+        ValueError, naming the flag, for what there is not.
+        """
+        preset = inherited if self.card is None else savings_of(self.card, None, False)
+        return Savings(
+            self.remat or preset.remat, self.offload_optimizer or preset.offload_optimizer
+        )
+
+
+MOST_SEED = 2**31 - 1
+"""The upper half of a reply's seed is the run's, and the whole of it has 63 bits."""
+
+
+def check_seed(seed: int) -> None:
+    """ValueError, naming the flag, for a number that no generator takes."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"--seed {seed}: give a number from 0 to {MOST_SEED}")
 
 
 LEAST_STEPS = 10
@@ -92,6 +121,9 @@ one step, several times over."""
 
 BASE_OPTIMIZER = "base_optimizer"
 """Where the checkpoints of later stages say what the base run's optimizer was."""
+
+BASE_BATCH = "base_batch_size"
+"""Where they say how many tokens its step had: theirs may have been cut to little data."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +134,7 @@ class Inherited:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The base run's, whatever stages lie between: their fractions are of the same rates."""
     total_batch_size: int = REFERENCE_BATCH_TOKENS
-    device_batch_size: int | None = None
+    """The base run's too."""
     savings: Savings = NO_SAVINGS
     backend: str | None = None
     """What trained it."""
@@ -113,14 +145,18 @@ class Inherited:
         if optimizer := meta.get(BASE_OPTIMIZER, meta.get("optimizer")):
             known["optimizer"] = OptimizerConfig.from_dict(optimizer)
         if "plan" in meta:
-            known["total_batch_size"] = meta["plan"]["total_batch_size"]
+            own = meta["plan"]["total_batch_size"]  # older checkpoints of later stages say no more
+            known["total_batch_size"] = meta.get(BASE_BATCH, own)
         config = meta.get("config", {})
-        if "device_batch_size" in config:
-            known["device_batch_size"] = config["device_batch_size"]
         if "offload_optimizer" in config:
             known["savings"] = Savings(config["remat"], config["offload_optimizer"])
             known["backend"] = meta.get("backend")
         return cls(**known)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint passes on of the base run, for `of` to find."""
+        return {BASE_OPTIMIZER: asdict(self.optimizer), BASE_BATCH: self.total_batch_size}
 
     def savings_on(self, backend: str) -> Savings:
         """The run's, if this framework trained it: the other has other ways."""

@@ -20,8 +20,8 @@ REMAT = ("none", "products", "block", "offload")
 products; only its input; only its input, in the host's memory."""
 
 LESS_MEMORY = (
-    "Training: lower --device-batch-size, or save memory with base_train's --remat block or "
-    "--offload-optimizer. Generation: fewer --slots or --max-tokens."
+    "Training: lower --device-batch-size, or save memory with --remat block or "
+    "--offload-optimizer (but for chat_rl). Generation: fewer --slots or --max-tokens."
 )
 """What helps when memory has run out."""
 

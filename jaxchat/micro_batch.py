@@ -30,12 +30,14 @@ def settle_rows(
     asked: int | None = None,
     before: int | None = None,
     card: int | None = None,
+    new_model: bool = True,
 ) -> int:
     """Rows per device and micro-batch: those asked for, those of `before`, or what fits.
 
-    `before` is what the run, or the one it comes from, has used; it counts where it still divides
-    the batch. `card` names a preset of memory.py, which may lower what the device allows. Call
-    it after `start_training`. ValueError, with the remedies, where not even one row fits.
+    `before` is what the run has used until now; it counts where it still divides the batch. `card`
+    names a preset of memory.py, which may lower what the device allows. Call it after
+    `start_training`. ValueError where not even one row fits, with the remedies: a smaller model is
+    one where it is a `new_model`.
     """
     devices = backend.devices.count
     rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
@@ -66,7 +68,7 @@ def settle_rows(
     elif chosen in choices:
         need(chosen)
     if chosen is None:
-        raise ValueError(_nothing_fits(needs.get(1), limit))
+        raise ValueError(_nothing_fits(needs.get(1), limit, new_model))
     if chosen in needs:
         runtime.print0(_budget(chosen, needs, limit))
     return chosen
@@ -97,9 +99,13 @@ def _budget(rows: int, needs: dict[int, StepMemory], limit: float) -> str:
     return text
 
 
-def _nothing_fits(needed: StepMemory | None, limit: float) -> str:
+def _nothing_fits(needed: StepMemory | None, limit: float, new_model: bool) -> str:
+    remedies = [
+        "save memory with --remat block and --offload-optimizer",
+        "divide the weights over devices with --mesh fsdp=N",
+        *(["lower --sequence-len or --depth"] if new_model else []),
+    ]
     return (
         f"a step of one row at a time needs {needed or 'more'} per device, and "
-        f"{readable(limit)} may be used: save memory with --remat block and --offload-optimizer, "
-        "divide the weights over devices with --mesh fsdp=N, or lower --sequence-len or --depth"
+        f"{readable(limit)} may be used: {', or '.join(remedies)}"
     )

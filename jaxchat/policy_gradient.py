@@ -44,7 +44,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_k: int = 50
     slots: int = 64
-    """Replies written at the same time."""
+    """Replies that a device writes at the same time."""
 
     def __post_init__(self) -> None:
         if self.questions < 1 or self.samples < 2 or self.slots < 1:
@@ -52,6 +52,7 @@ class RolloutConfig:
                 f"questions={self.questions} and slots={self.slots} must be at least 1, and "
                 f"samples={self.samples} at least 2: one reply is no better than its own mean"
             )
+        self.params(seed=0)  # ValueError for how no reply can be written
 
     @property
     def rows(self) -> int:
@@ -67,8 +68,8 @@ class RolloutConfig:
 class RolloutLoader:
     """An endless iterator of batches, each written by the backend's weights of that moment.
 
-    Of several processes each writes all rollouts, as the weights are spread over all of them, and
-    hands out its share of the rows.
+    Of several processes each is told all rollouts, which their devices write together, and hands
+    out its share of the rows.
     """
 
     def __init__(
@@ -117,12 +118,13 @@ class RolloutLoader:
         config = self._config
         questions = [self._task[i] for i in self._chosen()]
         first = self._step * config.questions
-        engine = Engine(self._backend, self._tokenizer, slots=min(config.slots, config.rows))
+        engine = make_engine(self._backend, self._tokenizer, config, config.rows)
         prompts = prompts_of(engine, questions, config)
         replies = sample_groups(
             engine,
             prompts,
             config,
+            samples=config.samples,
             seeds=[(self._seed << 32) + first + i for i in range(len(questions))],
         )
         rewards = np.array(
@@ -152,6 +154,13 @@ class RolloutLoader:
         return [int(i) for i in order[step * count : (step + 1) * count]]
 
 
+def make_engine(
+    backend: Backend, tokenizer: Tokenizer, config: RolloutConfig, replies: int
+) -> Engine:
+    """With `slots` rows for each device, and no more than there are replies to write."""
+    return Engine(backend, tokenizer, slots=min(config.slots * backend.devices.count, replies))
+
+
 def prompts_of(
     engine: Engine, questions: Sequence[Conversation], config: RolloutConfig
 ) -> list[list[int]]:
@@ -168,16 +177,17 @@ def sample_groups(
     prompts: Sequence[Sequence[int]],
     config: RolloutConfig,
     *,
+    samples: int,
     seeds: Sequence[int],
     on_progress: OnProgress = unheard,
 ) -> list[list[Completion]]:
-    """`config.samples` replies to each prompt, all of them in one queue of the engine."""
+    """`samples` replies to each prompt, all of them in one queue of the engine."""
     requests = [
-        Request(ids, config.params(seed), n=config.samples)
+        Request(ids, config.params(seed), n=samples)
         for ids, seed in zip(prompts, seeds, strict=True)
     ]
-    replies, n = engine.complete(requests, on_progress), config.samples
-    return [replies[i * n : (i + 1) * n] for i in range(len(prompts))]
+    replies = engine.complete(requests, on_progress)
+    return [replies[i * samples : (i + 1) * samples] for i in range(len(prompts))]
 
 
 def rollout_batch(
@@ -228,31 +238,32 @@ def pass_at_k(
     config: RolloutConfig,
     *,
     questions: int,
+    samples: int,
     ks: Sequence[int],
     seed: int = 0,
     on_progress: OnProgress = unheard,
 ) -> dict[str, float]:
     """The chance that one of k replies is right, over the first `questions` of a task.
 
-    The unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, from n = `config.samples`
-    replies of which c are right.
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, from n = `samples` replies
+    of which c are right; they are written as `config` says.
     """
     asked = [task[i] for i in range(min(questions, len(task)))]
-    engine = Engine(backend, tokenizer, slots=min(config.slots, len(asked) * config.samples))
+    engine = make_engine(backend, tokenizer, config, len(asked) * samples)
     replies = sample_groups(
         engine,
         prompts_of(engine, asked, config),
         config,
+        samples=samples,
         seeds=[(seed << 32) + i for i in range(len(asked))],
         on_progress=on_progress,
     )
-    n = config.samples
     right = [
         sum(task.evaluate(question, reply.text) for reply in group)
         for question, group in zip(asked, replies, strict=True)
     ]
     return {
-        f"pass@{k}": float(np.mean([1 - comb(n - c, k) / comb(n, k) for c in right]))
+        f"pass@{k}": float(np.mean([1 - comb(samples - c, k) / comb(samples, k) for c in right]))
         for k in ks
-        if k <= n
+        if k <= samples
     }

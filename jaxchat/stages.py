@@ -5,7 +5,9 @@ What a checkpoint is made of, checkpoint.py knows.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +44,29 @@ class LoadedModel:
 
 
 def stage_directory(source: str, model_tag: str) -> Path:
-    """The folder that holds the checkpoints of one model of one stage."""
+    """The folder that holds the checkpoints of one model of one stage.
+
+    ValueError for a tag that is no folder below the stage's: `d4`, or `d4/replaced-<time>`.
+    """
+    if any(part in ("", ".", "..") for part in model_tag.split("/")):
+        raise ValueError(f"model tag {model_tag!r}: give the name of a folder, as in d4")
+    return _stage_folder(source) / model_tag
+
+
+def tag_of(source: str, directory: Path) -> str:
+    """By what tag a stage's folder of checkpoints is found: what `stage_directory` makes of it."""
+    return directory.relative_to(_stage_folder(source)).as_posix()
+
+
+def _stage_folder(source: str) -> Path:
     if source not in STAGE_FOLDERS:
         raise ValueError(f"source {source!r}: choose one of {', '.join(STAGE_FOLDERS)}")
-    return base_dir() / STAGE_FOLDERS[source] / model_tag
+    return base_dir() / STAGE_FOLDERS[source]
 
 
 def model_tags(source: str) -> list[str]:
     """The models of a stage; FileNotFoundError, with the remedy, when there is none."""
-    folder = stage_directory(source, ".")
+    folder = _stage_folder(source)
     tags = sorted(path.name for path in folder.glob("*") if CheckpointStore(path).steps())
     if not tags:
         raise FileNotFoundError(
@@ -60,9 +76,13 @@ def model_tags(source: str) -> list[str]:
     return tags
 
 
-def find_model_tag(source: str) -> str:
-    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form."""
-    tags, folder = model_tags(source), stage_directory(source, ".")
+def find_model_tag(source: str, *, but: str | None = None) -> str:
+    """The deepest model of a stage (`d<depth>`), or the newest when no tag is of that form.
+
+    `but` is chosen only where there is no other.
+    """
+    tags, folder = model_tags(source), _stage_folder(source)
+    tags = [tag for tag in tags if tag != but] or tags
     depths = {tag: int(tag[1:]) for tag in tags if re.fullmatch(r"d\d+", tag)}
     if depths:
         return max(depths, key=lambda tag: depths[tag])
@@ -71,7 +91,7 @@ def find_model_tag(source: str) -> str:
 
 def how_to_talk(source: str, model_tag: str) -> str:
     """For the end of a stage: the command that talks to its result."""
-    return f"talk to it: python -m scripts.chat_cli -i {source} -g {model_tag}"
+    return f"talk to it: python -m scripts.chat_cli -i {source} -g {shlex.quote(model_tag)}"
 
 
 class Found(NamedTuple):
@@ -101,21 +121,54 @@ def find_checkpoint(source: str, model_tag: str | None = None, step: int | None 
     return Found(tag, store, steps[-1] if step is None else step)
 
 
+def find_source(
+    stage: str, source: str, model_tag: str | None, step: int | None, output_tag: str | None
+) -> Found:
+    """What a stage begins with, which is not its own result.
+
+    The same command, repeated after a kill, would find that as the newest model. Errors of
+    `find_checkpoint`.
+    """
+    if not model_tag and source == stage:
+        model_tag = find_model_tag(source, but=output_tag)
+    return find_checkpoint(source, model_tag, step)
+
+
 def find_output(
     stage: str, source: str, model_tag: str | None, step: int | None, output_tag: str | None
 ) -> Path:
     """Where a stage leaves what it makes of a model: under the model's name, or another.
 
-    Errors of `find_checkpoint`, and ValueError for the model's own place: continued there, a run
-    would take its own result for what it began with.
+    Errors of `find_checkpoint`, and ValueError for a name that is no plain one and for the model's
+    own place: continued there, a run would take its own result for what it began with.
     """
-    found = find_checkpoint(source, model_tag, step)
-    if source == stage and output_tag in (None, found.tag):
+    if output_tag is not None and not re.fullmatch(r"[^./-][^/]*", output_tag):
+        raise ValueError(
+            f"--output-tag {output_tag!r}: give the name of one folder, which does not begin with "
+            "a dot or a dash"
+        )
+    found = find_source(stage, source, model_tag, step, output_tag)
+    output = stage_directory(stage, output_tag or found.tag)
+    if output.exists() and output.samefile(found.store.directory):
         raise ValueError(
             f"the result would take the place of {source} model {found.tag!r}, of which it is "
             "made: name it with --output-tag"
         )
-    return stage_directory(stage, output_tag or found.tag)
+    return output
+
+
+def recorded(store: CheckpointStore, backend: Backend, fact: str, *, resume: str) -> Any:
+    """What the run that goes on in this folder was made of; None where one begins anew.
+
+    For what must be known before `restore` can load it. All processes must ask, and the first one's
+    answer counts.
+    """
+    answer = None
+    for step in reversed(store.steps()) if resume == "auto" else ():
+        with suppress(OSError, ValueError):  # damaged: `restore` says so
+            answer = store.read_meta(step).get(fact)
+            break
+    return backend.gather(answer)[0]
 
 
 def load_model(
@@ -148,6 +201,6 @@ def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -
     if trained_with != tokenizer.fingerprint:
         raise ValueError(
             f"{path} was trained with tokenizer {trained_with}, but the base directory holds "
-            f"{tokenizer.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, or train "
-            "the model again"
+            f"{tokenizer.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, name the "
+            "tokenizer-replaced-<time> that it had `tokenizer` again, or train the model again"
         )

@@ -15,7 +15,7 @@ continues a run that was stopped or killed.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -24,14 +24,22 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
-from jaxchat.finetune_options import BASE_OPTIMIZER, Inherited
+from jaxchat.finetune_options import Inherited, check_seed
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.progress import OnProgress, unheard
-from jaxchat.report import Curve, KeyValues, Part, Report
+from jaxchat.report import Curve, KeyValues, Part, Report, model_facts
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
-from jaxchat.stages import LoadedModel, find_output, how_to_talk, load_model
+from jaxchat.stages import (
+    LoadedModel,
+    find_output,
+    find_source,
+    how_to_talk,
+    load_model,
+    recorded,
+    tag_of,
+)
 from jaxchat.tasks.base import Task
 from jaxchat.tasks.mixtures import default_source, rl_tasks
 from jaxchat.tracker import METRICS, read_metrics
@@ -73,7 +81,7 @@ class Config:
     top_k: int = RolloutConfig.top_k
     """Choose among so many of the likeliest tokens; 0 for all."""
     slots: int = RolloutConfig.slots
-    """Replies written at the same time: lower it when memory runs out."""
+    """Replies that a device writes at the same time: lower it when memory runs out."""
     device_batch_size: int = 8
     """Rollouts per device and micro-batch: lower it when memory runs out."""
     lr_frac: float = 0.05
@@ -105,7 +113,19 @@ class Config:
     def __post_init__(self) -> None:
         if self.resume not in ("auto", "never"):
             raise ValueError(f"--resume {self.resume}: choose auto or never")
-        check_positive(num_iterations=self.num_iterations, device_batch_size=self.device_batch_size)
+        check_positive(
+            num_iterations=self.num_iterations,
+            questions=self.questions,
+            max_tokens=self.max_tokens,
+            slots=self.slots,
+            device_batch_size=self.device_batch_size,
+            lr_frac=self.lr_frac,
+            eval_questions=self.eval_questions,
+            eval_samples=self.eval_samples,
+        )
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature}: must be at least 0")
+        check_seed(self.seed)
         self.rollouts()
 
     def rollouts(self) -> RolloutConfig:
@@ -122,14 +142,15 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, measure, and add a section to the report."""
-    output = find_output("rl", config.source, config.model_tag, config.step, config.output_tag)
+    ends = ("rl", config.source, config.model_tag, config.step, config.output_tag)
+    found, output = find_source(*ends), find_output(*ends)
     source = config.data or default_source()
     task, judged = rl_tasks(source)
     model = load_model(
         config.source,
         backend=config.backend,
-        model_tag=config.model_tag,
-        step=config.step,
+        model_tag=found.tag,
+        step=found.step,
         mesh=config.mesh,
     )
     store = CheckpointStore(output, keep=config.keep_checkpoints)
@@ -144,7 +165,8 @@ def train(
     started = time.monotonic()
     plan, optimizer = plan_of(config, model, task)
     loop = loop_of(config, model, plan)
-    facts = facts_of(config, model, task, plan, optimizer)
+    before = recorded(store, model.backend, "rollouts", resume=config.resume)
+    facts = as_before(facts_of(config, model, task, plan, optimizer), before)
     inherited = Inherited.of(model.meta)
     savings = inherited.savings_on(model.backend.name)
     model.backend.start_training(optimizer, plan, savings)
@@ -162,7 +184,7 @@ def train(
         started=started,
         open_loader=partial(train_loader, config, model, task),
         schedule=lambda step: schedule_at(step, SCHEDULE, plan),
-        meta=facts | {BASE_OPTIMIZER: asdict(inherited.optimizer)},
+        meta=facts | inherited.meta,
         config=asdict(config) | asdict(savings),
         resume=config.resume,
         run=config.run,
@@ -208,7 +230,11 @@ def loop_of(config: Config, model: LoadedModel, plan: TrainingPlan) -> LoopConfi
 def facts_of(
     config: Config, model: LoadedModel, task: Task, plan: TrainingPlan, optimizer: OptimizerConfig
 ) -> dict[str, Any]:
-    """What a run is made of: a checkpoint of other facts is another run's."""
+    """What a run is made of: a checkpoint of other facts is another run's.
+
+    How many replies are written at the same time changes none of them.
+    """
+    rollouts = asdict(config.rollouts())
     return {
         "tokenizer": model.tokenizer.fingerprint,
         "source": {
@@ -219,9 +245,16 @@ def facts_of(
         "data": task.fingerprint,
         "plan": asdict(plan),
         "optimizer": asdict(optimizer),
-        "rollouts": asdict(config.rollouts()),
+        "rollouts": {name: value for name, value in rollouts.items() if name != "slots"},
         "seed": config.seed,
     }
+
+
+def as_before(facts: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """With the `slots` that a run may have been begun with when they still were a fact of it."""
+    if before is None or "slots" not in before:
+        return facts
+    return facts | {"rollouts": facts["rollouts"] | {"slots": before["slots"]}}
 
 
 def train_loader(
@@ -251,8 +284,9 @@ def measure(
         judged,
         model.backend,
         model.tokenizer,
-        replace(config.rollouts(), samples=config.eval_samples),
+        config.rollouts(),
         questions=config.eval_questions,
+        samples=config.eval_samples,
         ks=PASS_AT,
         on_progress=on_progress if alone else unheard,
     )
@@ -281,6 +315,12 @@ def report(
             {f"pass@{k}": line for k, line in passes.items()},
         ),
         KeyValues({name: str(value) for name, value in asdict(config).items()}, "Options"),
+        model_facts(
+            source="rl",
+            tag=tag_of("rl", store.directory),
+            meta=store.read_meta(result.step),
+            tokenizer=model.tokenizer.fingerprint,
+        ),
     ]
     Report(base_dir()).add(
         "chat_rl",
@@ -290,11 +330,12 @@ def report(
         figures=last,
     )
     shown = ", ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last)
+    tag = tag_of("rl", store.directory)
     runtime.print0(
-        f"{store.directory.name}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; "
+        f"{tag}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; "
         f"saved in {store.path(result.step)}"
     )
-    runtime.print0(how_to_talk("rl", store.directory.name))
+    runtime.print0(how_to_talk("rl", tag))
 
 
 if __name__ == "__main__":

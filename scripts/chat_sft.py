@@ -6,8 +6,8 @@
 
 Reads the hub's task sets when `data_download --all` has fetched them, and offline tasks otherwise.
 A file of your own has a line for each conversation: {"messages": [...]}, {"question", "answer"}
-or {"question", "choices", "answer"}; one in twenty is held out. Batch sizes and learning rates are
-those of the source's run unless given.
+or {"question", "choices", "answer"}; one in twenty is held out. Batch and learning rates are those
+of the base run unless given.
 """
 
 from dataclasses import dataclass

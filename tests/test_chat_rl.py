@@ -1,13 +1,18 @@
 """The script of reinforcement learning: what it pays for, writes down, and continues exactly."""
 
+import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxchat import cli
 from jaxchat.backend import backend_class
-from jaxchat.checkpoint import CheckpointStore
+from jaxchat.checkpoint import META, CheckpointStore
+from jaxchat.config import OptimizerConfig
+from jaxchat.finetune_options import Inherited
 from jaxchat.report import Report
 from jaxchat.stages import stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
@@ -35,13 +40,17 @@ def backend(request, tmp_path, monkeypatch):
     return request.param
 
 
-def run(backend, *words):
+def config_of(backend, *words):
     fixed = (
         f"-i base -g tiny --num-iterations {STEPS} --questions 4 --samples 4 --max-tokens 4 "
         f"--slots 8 --device-batch-size {1 if backend == 'jax' else 8} --lr-frac 1 --eval-every 2 "
         f"--eval-questions 4 --eval-samples 4 --save-every 2 --backend {backend}"
     ).split()
-    chat_rl.main(cli.parse(chat_rl.Config, [*fixed, *words]))
+    return cli.parse(chat_rl.Config, [*fixed, *words])
+
+
+def run(backend, *words):
+    chat_rl.main(config_of(backend, *words))
     return CheckpointStore(stage_directory("rl", "tiny"), keep=9)
 
 
@@ -72,11 +81,18 @@ def test_a_stopped_run_continues_exactly_and_reports(backend, tmp_path, capsys):
     assert {"pass@1", "pass@2", "pass@4"} == set(sections["chat_rl"].figures)
 
     shutil.rmtree(store.path(STEPS))
-    run(backend)
+    run(backend, "--slots", "4")  # what to do when memory runs out: it changes no reply
     assert metrics(store, "train/reward") == rewards
     assert_same_arrays(params(store, backend), weights)
     with pytest.raises(ValueError, match=r"belongs to another run:\n.*temperature 1.0, now 0.5"):
         run(backend, "--temperature", "0.5")
+    path = store.path(STEPS) / META
+    meta = json.loads(path.read_text())
+    assert "slots" not in meta["rollouts"]
+    meta["rollouts"]["slots"] = 64  # as checkpoints had it that are older than this test
+    path.write_text(json.dumps(meta))
+    run(backend)
+    assert metrics(store, "train/reward") == rewards
 
 
 def test_rates_fall_towards_nothing_and_held_out_questions_judge(backend, monkeypatch):
@@ -86,7 +102,10 @@ def test_rates_fall_towards_nothing_and_held_out_questions_judge(backend, monkey
         "pass_at_k",
         lambda task, *rest, **options: judged.append(task) or measure(task, *rest, **options),
     )
-    rates = metrics(run(backend), "train/lr_multiplier")
+    store = run(backend, "--eval-samples", "1")  # refused as a group of one once
+    assert set(metrics(store, "val/pass@1")) == {0, 2, 4}
+    assert not metrics(store, "val/pass@2")
+    rates = metrics(store, "train/lr_multiplier")
     assert list(rates.values()) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert {task.fingerprint for task in judged} == {Lucky("test", 20).fingerprint}
 
@@ -106,8 +125,12 @@ def test_the_result_may_have_another_name(backend):
     again = ["-i", "rl", "-g", "other", "--num-iterations", "1"]
     with pytest.raises(ValueError, match="the place of rl model 'other'"):
         run(backend, *again)
-    run(backend, *again, "--output-tag", "third")
-    assert CheckpointStore(stage_directory("rl", "third")).steps() == [1]
+    config = config_of(backend, "-i", "rl", "--num-iterations", "1", "--output-tag", "third")
+    for _ in range(2):  # once more, as after a kill: the newest model is its own result now
+        chat_rl.main(replace(config, model_tag=None))
+    third = CheckpointStore(stage_directory("rl", "third"))
+    other = CheckpointStore(stage_directory("rl", "other")).read_meta(1)
+    assert third.read_meta(1)["source"]["run"] == other["run"]
 
 
 def test_a_mesh_changes_nothing(backend):
@@ -128,6 +151,40 @@ def test_a_run_of_no_steps_is_refused(value, capsys):
     with pytest.raises(SystemExit):
         cli.parse(chat_rl.Config, ["--num-iterations", value])
     assert f"--num-iterations {value}: must be above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--max-tokens 0", "--max-tokens 0: must be above 0"),
+        ("--questions 0", "--questions 0: must be above 0"),
+        ("--slots 0", "--slots 0: must be above 0"),
+        ("--lr-frac 0", "--lr-frac 0.0: must be above 0"),
+        ("--eval-questions 0", "--eval-questions 0: must be above 0"),
+        ("--eval-samples 0", "--eval-samples 0: must be above 0"),
+        ("--temperature -1", "--temperature -1.0: must be at least 0"),
+        ("--temperature nan", "--temperature nan: must be at least 0"),
+        ("--seed -1", "--seed -1: give a number from 0"),
+        ("--samples 1", "samples=1 at least 2"),
+        ("--top-k -1", "top_k=-1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_once(words, message, capsys):
+    """Some ended a run at its first reply, one after its first step of measuring nothing."""
+    with pytest.raises(SystemExit):
+        cli.parse(chat_rl.Config, words.split())
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_rates_are_the_base_runs_whatever_finetuning_made_of_its_batch():
+    """After little data they were 0.088 of what they are called."""
+    base = {"plan": {"total_batch_size": 2**19}}
+    finetuned = {"plan": {"total_batch_size": 4096}, **Inherited.of(base).meta}
+    config = chat_rl.Config(lr_frac=0.05)
+    for meta in (base, finetuned):
+        plan, optimizer = chat_rl.plan_of(config, SimpleNamespace(meta=meta), Lucky("train", 40))
+        assert (plan.total_batch_size, plan.lr_scale) == (2**19, 1)
+        assert optimizer == OptimizerConfig().scaled(0.05)
 
 
 def test_rollouts_must_divide_into_micro_batches(backend):

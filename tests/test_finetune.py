@@ -1,8 +1,9 @@
 """Midtraining and finetuning: what a stage inherits, learns, reports, and continues exactly."""
 
+import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -16,14 +17,16 @@ from jaxchat import finetune as stage_module
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
 from jaxchat.chat_packing import rows_per_epoch
-from jaxchat.checkpoint import CheckpointStore
+from jaxchat.checkpoint import META, CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions, Inherited, batch_for, optimizer_of
+from jaxchat.memory import Savings
+from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan
 from jaxchat.report import KeyValues, Report, Table
-from jaxchat.stages import load_model, stage_directory
+from jaxchat.stages import find_checkpoint, load_model, stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import TaskMixture
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON
@@ -63,7 +66,7 @@ def make_base(root, name):
         "tokenizer": TOKENIZER.fingerprint,
         "optimizer": asdict(BASE_RATES),
         "plan": asdict(BASE_PLAN),
-        "config": {"device_batch_size": 8 // backend.devices.count},
+        "config": {"device_batch_size": 1},  # of a smaller card
         "run": "of the base",
     }
     store.save(BASE_STEPS, backend, meta)
@@ -99,8 +102,13 @@ def teach(backend, stage="mid", **changes):
         val=Arithmetic("test", 20),
         questions=("Who are you?",),
     )
-    options = {"num_iterations": STEPS, "eval_every": 3, "eval_tokens": LENGTH * ROWS}
-    finetune(FinetuneOptions(backend=backend, model_tag="tiny", **(options | changes)), lesson)
+    options = {
+        "model_tag": "tiny",
+        "num_iterations": STEPS,
+        "eval_every": 3,
+        "eval_tokens": LENGTH * ROWS,
+    }
+    finetune(FinetuneOptions(backend=backend, **(options | changes)), lesson)
     return CheckpointStore(stage_directory(stage, "tiny"))
 
 
@@ -179,32 +187,111 @@ def test_a_batch_leaves_a_pass_ten_steps_where_rows_allow_it(batch, pass_tokens,
     assert batch_for(batch, pass_tokens=pass_tokens, unit=unit) == expected
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, LENGTH), (2 * LENGTH, 2 * LENGTH)])
-def test_little_data_is_not_one_step_of_many_passes(backend, tmp_path, asked, expected):
-    path = tmp_path / "few.jsonl"
+def teach_little(backend, folder, **changes):
+    """Midtraining on less than a row; its checkpoints."""
+    path = folder / "few.jsonl"
     path.write_text(
         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]\n' * 9
     )
     mixture = TaskMixture([CustomJSON(path)], name="few")
+    lesson = Lesson("mid", "mid_train", "Few", mixture, mixture, ())
+    options = {"model_tag": "tiny", "num_iterations": 1}
+    finetune(FinetuneOptions(backend=backend, **(options | changes)), lesson)
+    return CheckpointStore(stage_directory("mid", "tiny"))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, LENGTH), (2 * LENGTH, 2 * LENGTH)])
+def test_little_data_is_not_one_step_of_many_passes(backend, tmp_path, asked, expected):
     if backend == "jax":  # eight devices take a row each
         asked, expected = asked and 8 * asked, 8 * expected
-    lesson = Lesson("mid", "mid_train", "Few", mixture, mixture, ())
-    finetune(
-        FinetuneOptions(
-            backend=backend, model_tag="tiny", total_batch_size=asked, num_iterations=1
-        ),
-        lesson,
-    )
-    meta = CheckpointStore(stage_directory("mid", "tiny")).read_meta(1)
+    meta = teach_little(backend, tmp_path, total_batch_size=asked).read_meta(1)
     assert meta["plan"]["total_batch_size"] == expected
     assert meta["plan"]["lr_scale"] == pytest.approx((expected / 2**19) ** 0.5)
+    assert Inherited.of(meta).total_batch_size == BASE_PLAN.total_batch_size
+
+
+def test_a_batch_cut_to_little_data_ends_with_its_stage(backend, tmp_path):
+    """The next one took it for the base run's: two rows a step of whatever it read."""
+    mid = teach_little(backend, tmp_path).read_meta(1)
+    sft = teach(backend, "sft", source="mid", num_iterations=1).read_meta(1)
+    if backend == "torch":  # eight devices take a row each, which is all of the base run's
+        assert mid["plan"]["total_batch_size"] == LENGTH
+    assert sft["plan"]["total_batch_size"] == BASE_PLAN.total_batch_size
+    assert Inherited.of(sft) == replace(Inherited.of(mid), backend=backend)
+    old = {"plan": mid["plan"]}  # what checkpoints said that are older than this test
+    assert Inherited.of(old).total_batch_size == mid["plan"]["total_batch_size"]
+
+
+def test_a_run_that_goes_on_keeps_the_batch_that_it_began_with(backend, tmp_path, capsys):
+    """Cut to little data it depends on the micro-batch, and so lowering that, as the advice on
+    memory says, made it another run."""
+    path = CheckpointStore(stage_directory("base", "tiny")).path(BASE_STEPS) / META
+    base = json.loads(path.read_text())
+    base["plan"]["total_batch_size"] *= 8
+    path.write_text(json.dumps(base))
+    options = {"num_iterations": 2, "save_every": 1}
+    store = teach_little(backend, tmp_path, device_batch_size=2, **options)
+    plan = store.read_meta(2)["plan"]
+    shutil.rmtree(store.path(2))
+    teach_little(backend, tmp_path, device_batch_size=1, **options)
+    assert "continuing at step 1" in capsys.readouterr().out
+    assert store.read_meta(2)["plan"] == plan
+    fresh = teach_little(backend, tmp_path, device_batch_size=1, resume="never").read_meta(1)
+    assert 2 * fresh["plan"]["total_batch_size"] == plan["total_batch_size"]
+
+
+def test_what_fits_here_counts_and_not_what_fitted_the_source(backend):
+    """Its 64 rows were taken where 16 fit, and its single one on the largest card."""
+    options = {"total_batch_size": 2 * ROWS * LENGTH, "num_iterations": 2, "save_every": 1}
+    devices = 8 if backend == "jax" else 1
+    store = teach(backend, **options)
+    assert store.read_meta(2)["config"]["device_batch_size"] == 2 * ROWS // devices
+    teach(backend, device_batch_size=1, resume="never", **options)
+    shutil.rmtree(store.path(2))
+    teach(backend, **options)  # a run that goes on keeps its own
+    assert store.read_meta(2)["config"]["device_batch_size"] == 1
+
+
+def test_memory_is_saved_as_in_the_sources_run_or_as_asked_for(backend, monkeypatch):
+    """The remedies that are named when memory is short could not be given."""
+    given = []
+    monkeypatch.setattr(
+        stage_module,
+        "settle_rows",
+        lambda *rest, **options: given.append(options) or settle_rows(*rest, **options),
+    )
+    asked = teach(backend, num_iterations=1, remat="block", card=80)
+    kept = teach(backend, "sft", source="mid", num_iterations=1)
+    for store in (asked, kept):
+        config = store.read_meta(1)["config"]
+        assert (config["remat"], config["offload_optimizer"]) == ("block", False)
+    assert [(options["card"], options["new_model"]) for options in given] == [
+        (80, False),
+        (None, False),
+    ]
+
+
+def test_savings_are_inherited_where_nothing_is_asked_for():
+    def found(words):
+        return cli.parse(chat_sft.Config, words.split()).savings(Savings("products", True))
+
+    assert found("") == Savings("products", True)
+    assert found("--remat none") == Savings("none", True)
+    assert found("--card 80") == Savings("none", False)
+    assert found("--card 24 --offload-optimizer") == Savings("none", True)
+    assert found("--card 8 --remat products") == Savings("products", True)
+    assert FinetuneOptions(offload_optimizer=True).savings(Savings()) == Savings("none", True)
+    for words in ("--card 12", "--remat some"):
+        with pytest.raises(SystemExit):
+            found(words)
 
 
 def test_a_stage_may_go_on_from_its_own_result_under_another_name(backend, tmp_path, capsys):
     first = teach(backend, num_iterations=1)
     with pytest.raises(ValueError, match="the place of mid model 'tiny'"):
         teach(backend, source="mid")
-    teach(backend, source="mid", num_iterations=2, output_tag="more")
+    for _ in range(2):  # once more, as after a kill: the newest model is its own result now
+        teach(backend, source="mid", model_tag=None, num_iterations=2, output_tag="more")
     more = CheckpointStore(stage_directory("mid", "more"))
     assert (first.steps(), more.steps()) == ([1], [2])
     assert more.read_meta(2)["source"]["run"] == first.read_meta(1)["run"]
@@ -259,12 +346,16 @@ def test_a_pass_is_its_rows_and_the_held_out_examples_are_validation(backend, mo
     assert {task.fingerprint for task in read[1:]} == {Arithmetic("test", 20).fingerprint}
 
 
-def test_a_stage_that_starts_over_is_what_the_next_one_loads(backend):
+def test_a_stage_that_starts_over_is_what_the_next_one_loads(backend, capsys):
     teach(backend, num_iterations=2)
     store = teach(backend, num_iterations=1, resume="never")
     assert store.steps() == [1]
     (aside,) = store.directory.glob("replaced-*")
     assert CheckpointStore(aside).steps() == [2]
+    teach(backend, "sft", source="mid", model_tag=f"tiny/{aside.name}", num_iterations=1)
+    told = capsys.readouterr().out
+    assert told.endswith(f"-i sft -g tiny/{aside.name}\n"), "which is there:"
+    assert find_checkpoint("sft", f"tiny/{aside.name}").step == 1
 
 
 def test_a_mesh_divides_the_weights_and_changes_nothing(backend):
@@ -284,10 +375,18 @@ def test_a_mesh_divides_the_weights_and_changes_nothing(backend):
     np.testing.assert_allclose(*(list(found.values()) for found in losses), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["num_iterations", "total_batch_size", "epochs"])
+@pytest.mark.parametrize(
+    "name", ["num_iterations", "total_batch_size", "epochs", "device_batch_size"]
+)
 def test_a_stage_of_nothing_is_refused_by_its_flag(name):
     with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} 0: must be above 0"):
         FinetuneOptions(**{name: 0})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_no_generator_takes_is_refused(seed):
+    with pytest.raises(ValueError, match=f"--seed {seed}: give a number from 0 to 2147483647"):
+        FinetuneOptions(seed=seed)
 
 
 def test_two_runs_cannot_share_a_folder(backend):

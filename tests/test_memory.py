@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jaxchat import cli, devices, runtime
 from jaxchat.config import OptimizerConfig, ScheduleConfig
+from jaxchat.finetune_options import FinetuneOptions
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.memory import (
     CARDS,
@@ -231,6 +232,18 @@ def test_one_row_that_does_not_fit_names_the_flags(backend, needs):
     small = with_memory(backend, needs[1].total / USABLE - 1)
     with pytest.raises(ValueError, match=r"--remat block .*--offload-optimizer.*--mesh fsdp=N"):
         settle_rows(small, PLAN, sequence_len=64)
+
+
+def test_a_model_that_is_there_cannot_be_made_smaller(backend, needs):
+    """Finetuning named flags that it does not have."""
+    small = with_memory(backend, needs[1].total / USABLE - 1)
+    with pytest.raises(ValueError, match="--sequence-len or --depth"):
+        settle_rows(small, PLAN, sequence_len=64)
+    with pytest.raises(ValueError, match="may be used") as refused:
+        settle_rows(small, PLAN, sequence_len=64, new_model=False)
+    options = {field.name for field in fields(FinetuneOptions)}
+    named = re.findall(r"--([a-z-]+)", str(refused.value))
+    assert "remat" in named and {name.replace("-", "_") for name in named} <= options
 
 
 def test_what_is_asked_for_is_done_with_a_warning(backend, needs, capsys):

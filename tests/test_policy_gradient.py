@@ -153,6 +153,8 @@ def test_too_few_questions_are_named():
         RolloutLoader(SayA(), None, TOKENIZER, RolloutConfig(questions=9), seed=0)
     with pytest.raises(ValueError, match="samples=1 at least 2"):
         RolloutConfig(samples=1)
+    with pytest.raises(ValueError, match="out of range: top_k=-1"):
+        RolloutConfig(top_k=-1)
 
 
 def test_pass_at_k_is_the_chance_over_all_subsets():
@@ -163,8 +165,10 @@ def test_pass_at_k_is_the_chance_over_all_subsets():
             return sum(reply.encode()) % 3 == 0
 
     backend, task = small_backend("jax"), OneInThree()
-    config = RolloutConfig(questions=1, samples=5, max_tokens=2, top_k=0, slots=5)
-    found = pass_at_k(task, backend, TOKENIZER, config, questions=4, ks=(1, 2, 5, 9), seed=1)
+    config = RolloutConfig(questions=1, samples=2, max_tokens=2, top_k=0, slots=5)
+    found = pass_at_k(
+        task, backend, TOKENIZER, config, questions=4, samples=5, ks=(1, 2, 5, 9), seed=1
+    )
     assert set(found) == {"pass@1", "pass@2", "pass@5"}
     engine = Engine(backend, TOKENIZER, slots=5)
     asked = [task[i] for i in range(4)]
@@ -172,6 +176,7 @@ def test_pass_at_k_is_the_chance_over_all_subsets():
         engine,
         prompts_of(engine, asked, config),
         config,
+        samples=5,
         seeds=[(1 << 32) + i for i in range(4)],
     )
     right = [[task.evaluate(task[0], reply.text) for reply in group] for group in groups]
@@ -179,6 +184,9 @@ def test_pass_at_k_is_the_chance_over_all_subsets():
     for k in (1, 2, 5):
         chances = [np.mean([any(c) for c in itertools.combinations(row, k)]) for row in right]
         assert found[f"pass@{k}"] == pytest.approx(np.mean(chances))
+    options = {"questions": 4, "samples": 1, "ks": (1, 2), "seed": 1}
+    found = pass_at_k(task, backend, TOKENIZER, config, **options)
+    assert found == {"pass@1": np.mean([row[0] for row in right])}  # a group of 1 was refused
 
 
 def test_questions_and_samples_share_the_slots():
@@ -194,7 +202,9 @@ def test_questions_and_samples_share_the_slots():
         for questions in groups:
             engine = Engine(backend, TOKENIZER, slots=5, tokens_per_dispatch=4)
             prompts = prompts_of(engine, questions, config)
-            replies = sample_groups(engine, prompts, config, seeds=range(len(questions)))
+            replies = sample_groups(
+                engine, prompts, config, samples=config.samples, seeds=range(len(questions))
+            )
             for question, group in zip(questions, replies, strict=True):
                 number = int(question["messages"][0]["content"][0])
                 assert [reply.text for reply in group] == ["x" * (7 * number + 2)] * config.samples

@@ -1,6 +1,8 @@
 """A stage's model is found by tag and step, and what is missing is said with what is there."""
 
 import os
+import shlex
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +12,17 @@ from jaxchat.stages import (
     find_checkpoint,
     find_model_tag,
     find_output,
+    find_source,
+    how_to_talk,
     load_model,
+    recorded,
     stage_directory,
+    tag_of,
 )
 from jaxchat.tokenizer import Tokenizer
+
+OURSELVES = SimpleNamespace(gather=lambda value: [value])
+"""A backend of one process."""
 
 
 def trained(tag, steps=(10, 20, 30)):
@@ -59,6 +68,72 @@ def test_a_result_has_the_name_of_its_source_or_another_but_not_its_place(base_d
             find_output("base", "base", "d4", None, output_tag)
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
         find_output("mid", "base", None, 7, None)
+
+
+@pytest.mark.parametrize("name", ["", "d4/", "./d4", "d4/.", "../base_checkpoints/d4", ".", "a/b"])
+def test_the_name_of_a_result_is_one_folder(base_dir, name):
+    """Some of these were the source's own folder, which `--resume never` then moved aside."""
+    trained("d4")
+    with pytest.raises(ValueError, match=r"--output-tag '.*': give the name of one folder"):
+        find_output("base", "base", "d4", None, name)
+
+
+def test_a_link_to_the_models_own_place_is_its_own_place(base_dir):
+    trained("d4")
+    stage_directory("base", "other").symlink_to(stage_directory("base", "d4"))
+    with pytest.raises(ValueError, match="the place of base model 'd4'"):
+        find_output("base", "base", "d4", None, "other")
+
+
+@pytest.mark.parametrize("tag", ["d4/", "./d4", "../mid_checkpoints/d4", "/d4"])
+def test_a_tag_is_a_folder_below_its_stages(tag):
+    with pytest.raises(ValueError, match="give the name of a folder"):
+        stage_directory("base", tag)
+
+
+def test_a_run_that_was_set_aside_is_a_model_like_any_other(base_dir):
+    """How a stage ended that began with one: `-g replaced-20261128-120000`, which is not there."""
+    tag = "d4/replaced-20261128-120000"
+    trained(tag)
+    assert find_checkpoint("base", tag).tag == tag
+    output = find_output("mid", "base", tag, None, None)
+    assert output == stage_directory("mid", tag)
+    assert tag_of("mid", output) == tag
+    assert how_to_talk("mid", tag).endswith(f"-i mid -g {tag}")
+    *_, last = shlex.split(how_to_talk("mid", "my model"))
+    assert last == "my model"
+
+
+def test_a_repeated_command_does_not_begin_with_its_own_result(base_dir):
+    """Where no tag is a depth the newest model counts: after a kill that was the result."""
+    trained("old")
+    trained("mine")
+    os.utime(stage_directory("base", "old"), (1000, 1000))
+    assert find_source("base", "base", None, None, "mine").tag == "old"
+    assert find_output("base", "base", None, None, "mine") == stage_directory("base", "mine")
+    assert find_source("mid", "base", None, None, "mine").tag == "mine", "of another stage"
+    with pytest.raises(ValueError, match="the place of base model 'mine'"):
+        find_output("base", "base", "mine", None, "mine")
+    trained("d4")
+    trained("d8")
+    assert find_source("base", "base", None, None, "d8").tag == "d4"
+
+
+def test_the_only_model_there_is_cannot_be_its_own_source(base_dir):
+    trained("mine")
+    with pytest.raises(ValueError, match="the place of base model 'mine'"):
+        find_output("base", "base", None, None, "mine")
+
+
+def test_what_goes_on_says_what_it_is_made_of(base_dir):
+    """The newest checkpoint that can be read, unless the run starts over."""
+    store = CheckpointStore(stage_directory("base", "d4"))
+    assert recorded(store, OURSELVES, "plan", resume="auto") is None
+    trained("d4")
+    for step, text in ((10, '{"plan": "a"}'), (20, '{"plan": "b"}'), (30, '{"plan"')):
+        (store.path(step) / META).write_text(text)
+    assert recorded(store, OURSELVES, "plan", resume="auto") == "b"
+    assert recorded(store, OURSELVES, "plan", resume="never") is None
 
 
 def test_another_tokenizer_is_refused_by_name(tmp_path):
