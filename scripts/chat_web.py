@@ -38,7 +38,7 @@ class Config:
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Checkpoint of that model; the newest when not set."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 is every address of this machine."""
+    """Address to listen at; 0.0.0.0 is every address of this machine, :: those of IPv6 too."""
     port: Annotated[int, cli.arg(aliases=["-p"])] = 8000
     """Port to listen at."""
     replicas: int = 1
@@ -92,6 +92,7 @@ def main(config: Config) -> None:
     names = {stage: f"{stage}-{tag}" for stage, tag in found.items()}
     first, *others = found
     settings = server_settings(config, names[first])
+    serve.check_address(config.host, config.port)
     engines = {stage: load_engines(config, stage, tag) for stage, tag in found.items()}
     place = "every address" if _everywhere(config.host) else config.host
     if config.host not in LOOPBACK and not settings.api_keys:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from jaxchat.checkpoint import CheckpointStore
+from jaxchat.server import serve
 from jaxchat.server.settings import LOOPBACK, ServerSettings
 from jaxchat.stages import stage_directory
 from scripts import chat_web
@@ -78,6 +80,22 @@ def test_all_stages_are_those_with_a_checkpoint(base_dir):
         chat_web.stages(chat_web.Config(source="all", model_tag="d9"))
     with pytest.raises(ValueError, match="step=3 belongs to one stage"):
         chat_web.Config(source="all", step=3)
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(chat_web, "find_model_tag", lambda stage: "d2")
+    monkeypatch.setattr(chat_web, "load_engines", lambda *_: pytest.fail("a model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{port}: .*--port"):
+            chat_web.main(chat_web.Config(port=port))
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the system has no IPv6 for both")
+@pytest.mark.parametrize("to", ["127.0.0.1", "::1"])
+def test_two_colons_are_every_address_those_of_ipv4_too(to):
+    with serve._listen("::", 0) as listener:
+        socket.create_connection((to, listener.getsockname()[1]), timeout=10).close()
 
 
 def test_replies_under_way_end_when_the_server_is_told_to_stop():

@@ -110,4 +110,4 @@ def _schema(app: FastAPI) -> dict[str, Any]:
 
 
 async def _nobody_reads(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=400)
+    return Response(status_code=errors.CLIENT_LEFT)

@@ -94,25 +94,35 @@ def conversation_ids(service: Service, messages: Sequence[Message]) -> list[int]
             param="messages",
         )
     try:
-        conversation = {"messages": [_as_message(message) for message in messages]}
+        told = [_as_message(message) for message in messages]
+        conversation = {"messages": [message for message in told if message is not None]}
         return render_for_completion(service.tokenizer, conversation)
     except ValueError as error:
         raise ApiError(400, f"{error}.", param="messages") from error
 
 
-def _as_message(message: Message) -> dict[str, Any]:
-    """The message as conversation.py reads it: only an assistant's content has parts."""
+def _as_message(message: Message) -> dict[str, Any] | None:
+    """The message as conversation.py reads it: only an assistant's content has parts.
+
+    None for a system message without a word: many a page sends one that nobody has filled in.
+    """
     role = "system" if message.role == "developer" else message.role
     content = message.content
     if message.parts:
         return {"role": role, "content": _answer(message.parts, content, role)}
-    if isinstance(content, str):
-        return {"role": role, "content": content}
-    if role == "assistant":
+    if role == "assistant" and not isinstance(content, str):
         return {"role": role, "content": [part.model_dump() for part in content]}
+    text = _text(content, role)
+    return None if role == "system" and not text.strip() else {"role": role, "content": text}
+
+
+def _text(content: str | list[Part], role: str) -> str:
+    """ValueError for parts that are more than text."""
+    if isinstance(content, str):
+        return content
     if any(part.type != "text" for part in content):
         raise ValueError(f"a {role} message may only have parts of type text")
-    return {"role": role, "content": "".join(part.text for part in content)}
+    return "".join(part.text for part in content)
 
 
 def _answer(parts: Sequence[Part], content: str | list[Part], role: str) -> list[dict[str, Any]]:

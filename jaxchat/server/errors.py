@@ -1,13 +1,17 @@
 """Errors as OpenAI's API words them: one body, the right status, never an echo of the prompt."""
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+
+CLIENT_LEFT = 499
+"""nginx's status of a client that has left before its answer: nobody reads it, metrics count it."""
 
 TYPES = {
     400: "invalid_request_error",
@@ -18,10 +22,11 @@ TYPES = {
     408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
+    CLIENT_LEFT: "client_left",
     500: "server_error",
     503: "overloaded_error",
 }
-"""What each status is called; every status that the server answers with is here."""
+"""What each status of the API is called; page.py words those of its own routes itself."""
 
 REASONS = {
     400: "The request is not valid.",
@@ -35,6 +40,10 @@ REASONS = {
     500: "The server failed.",
     503: "The server is busy, starting or stopping.",
 }
+
+
+MOST_FAULTS, FAULTS_TOLD = 100, 5
+"""Of a body that may be full of them, so many are looked at and told."""
 
 
 class ErrorDetail(BaseModel):
@@ -119,14 +128,68 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 async def _invalid(_request: Request, error: Exception) -> JSONResponse:
     """What pydantic found, without the values: they may be somebody's words."""
     assert isinstance(error, RequestValidationError)
-    found = [(_path(one["loc"]), one["msg"]) for one in error.errors()]
-    message = "; ".join(f"{path}: {text}" if path else text for path, text in found[:5])
-    return ApiError(400, message, param=found[0][0] or None).response()
+    found = _nearest([_fault(one, error.body) for one in error.errors()[:MOST_FAULTS]])
+    told = dict.fromkeys((".".join(fault.path), fault.text) for fault in found)  # each once
+    message = "; ".join(f"{path}: {text}" if path else text for path, text in [*told][:FAULTS_TOLD])
+    return ApiError(400, message, param=".".join(found[0].path) or None).response()
 
 
-def _path(location: tuple[Any, ...]) -> str:
-    """`messages.0.role` for where in the body something is."""
-    return ".".join(str(part) for part in location[1:])
+class _Fault(NamedTuple):
+    """What pydantic found wrong, in the words of those who wrote the body."""
+
+    path: tuple[str, ...]
+    """`messages`, `0`, `role`: where in the body it is."""
+    text: str
+    union: tuple[str, ...] | None
+    """Where one of several types was tried that this is about, if so."""
+    of_type: bool
+    """Whether the value is of another type altogether."""
+
+
+def _fault(one: dict[str, Any], body: Any) -> _Fault:
+    location, kind = one["loc"][1:], one["type"]
+    if kind == "json_invalid":
+        return _Fault((), f"the body is not JSON (at {location[0]})", None, False)
+    path, union = _place(location, body, missing=kind == "missing")
+    refused = kind == "none_required" or one.get("ctx", {}).get("max_length") == 0
+    text = "not supported: leave it out" if refused else one["msg"]
+    return _Fault(path, text, union, kind.endswith("_type"))
+
+
+def _place(
+    location: Sequence[Any], body: Any, *, missing: bool
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """The path in the body, and the first place where `location` names a type instead of a part.
+
+    pydantic mixes both, as in `messages.0.content.list[Part].0.type`; the body tells them apart.
+    """
+    path: tuple[str, ...] = ()
+    union = None
+    for index, part in enumerate(location):
+        is_key = isinstance(body, dict) and part in body
+        is_index = isinstance(body, list) and isinstance(part, int)
+        if is_key or is_index:
+            body = body[part]
+        elif not (missing and index == len(location) - 1):
+            union = path if union is None else union
+            continue
+        path = (*path, str(part))
+    return path, union
+
+
+def _nearest(faults: Sequence[_Fault]) -> list[_Fault]:
+    """Of the types that a value may have, the faults of the one that was most nearly meant.
+
+    That is where pydantic got furthest, or where the type at least was right.
+    """
+
+    def nearness(fault: _Fault) -> tuple[int, bool]:
+        return len(fault.path), not fault.of_type
+
+    best: dict[tuple[str, ...] | None, tuple[int, bool]] = {}
+    for fault in faults:
+        best[fault.union] = max(nearness(fault), best.get(fault.union, (0, False)))
+    return [one for one in faults if one.union is None or nearness(one) == best[one.union]]
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

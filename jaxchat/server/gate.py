@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxchat.server.deadlines import Deadlines
-from jaxchat.server.errors import ApiError, stopping
+from jaxchat.server.errors import CLIENT_LEFT, ApiError, stopping
 from jaxchat.server.metrics import Families
 from jaxchat.server.settings import ServerSettings
 
@@ -25,6 +25,9 @@ log = logging.getLogger("jaxchat.server")
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
 """Paths that need no key: they tell nothing of anybody, and a page must load to ask for the key."""
+
+PROBE_PATHS = frozenset({"/health", "/ready"})
+"""Paths that answer under any name: a probe of Kubernetes names the pod by its address."""
 
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -105,7 +108,7 @@ class Gate:
         """ApiError for a request that goes no further."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = _host_name(headers.get(b"host", ""))
-        if self._hosts and host not in self._hosts:
+        if self._hosts and host not in self._hosts and scope["path"] not in PROBE_PATHS:
             raise ApiError(
                 403,
                 f"This server does not answer as {host!r}; start it with --allowed-hosts {host}"
@@ -137,6 +140,8 @@ class Gate:
                     message = await receive()
             except TimeoutError:
                 raise self._too_late() from None
+            if message["type"] == "http.disconnect":
+                raise HTTPException(CLIENT_LEFT, "The client has left.")
             whole = not message.get("more_body")
             read += len(message.get("body", b""))
             if read > self._settings.max_body_bytes:
@@ -176,25 +181,39 @@ class Keys:
     """API keys, compared in constant time and kept as hashes."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [
+            (number, hashlib.sha256(sent).digest())
+            for number, key in enumerate(keys)
+            for sent in _spellings(key)
+        ]
 
     def find(self, authorization: str) -> int | None:
         """The number of the key in an `Authorization: Bearer KEY` header; None if none is asked.
 
-        ApiError 401 when it is none of ours.
+        The header is read as Latin-1, in which every byte is a character. ApiError 401 when it is
+        none of ours.
         """
         if not self._digests:
             return None
         scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        matches = [hmac.compare_digest(digest, one) for one in self._digests]  # all, always
-        if scheme.lower() != "bearer" or not any(matches):
+        # spaces alone: of the bytes of a letter, Latin-1 takes some for other blanks
+        digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
+        equal = [hmac.compare_digest(digest, one) for _, one in self._digests]  # all, always
+        if scheme.lower() != "bearer" or not any(equal):
             raise ApiError(
                 401,
                 "Give one of this server's API keys as 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
             )
-        return matches.index(True)
+        return self._digests[equal.index(True)][0]
+
+
+def _spellings(key: str) -> set[bytes]:
+    """A key as clients put it into a header: curl in UTF-8, a browser in Latin-1."""
+    spellings = {key.encode()}
+    with contextlib.suppress(UnicodeEncodeError):  # which no browser can send
+        spellings.add(key.encode("latin-1"))
+    return spellings
 
 
 class RateLimit:

@@ -4,7 +4,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -22,6 +29,7 @@ class Families:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, time, files: nothing without /proc
         self.running = self._family(Gauge, "num_requests_running", "Replies in a slot.")
         self.waiting = self._family(Gauge, "num_requests_waiting", "Replies that wait for a slot.")
         self.available = self._family(Gauge, "replicas_available", "Engines that take requests.")

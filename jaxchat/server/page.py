@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from jaxchat.server.errors import CLIENT_LEFT
 from jaxchat.server.markdown import render_all
 
 PAGE_DIR = Path(__file__).parent / "page"
@@ -108,7 +109,7 @@ async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Respons
         return _error(400, str(error))
     async with limiter:
         if await request.is_disconnected():  # while it waited
-            return Response(status_code=400)
+            return Response(status_code=CLIENT_LEFT)
         html = await anyio.to_thread.run_sync(render_all, texts)
     return JSONResponse({"html": html}, headers=HEADERS)
 

@@ -40,8 +40,13 @@ class Pool:
             worker.start(asyncio.get_running_loop())
 
     async def stop(self) -> None:
+        """End the workers; one that compiles has nobody's reply and is not waited for."""
         self.draining = True
-        await asyncio.gather(*(asyncio.to_thread(worker.stop, STOP_S) for worker in self.workers))
+        stops = [
+            asyncio.to_thread(worker.stop, STOP_S if worker.warm else 0.0)
+            for worker in self.workers
+        ]
+        await asyncio.gather(*stops)
 
     @property
     def ready(self) -> bool:

@@ -113,6 +113,14 @@ def run(app: FastAPI, *, host: str, port: int, grace_s: int, name: str) -> None:
         leave()
 
 
+def check_address(host: str, port: int) -> None:
+    """OSError, as `run` raises it, before anything that takes long: a port in use is told at once.
+
+    Nothing listens until `run`: a client that comes meanwhile is refused, not left waiting.
+    """
+    _listen(host, port).close()
+
+
 def leave() -> None:
     """Exit at once: torch aborts when the interpreter goes while a thread is inside of it."""
     logging.shutdown()
@@ -121,8 +129,10 @@ def leave() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """`::` is every address, those of IPv4 too wherever the system can do that."""
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=_family(host))
+        return socket.create_server((host, port), family=_family(host), dualstack_ipv6=both)
     except OSError as error:
         raise OSError(
             f"cannot listen at {host}:{port}: {error.strerror}; --port and --host name another "

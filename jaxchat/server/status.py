@@ -28,6 +28,8 @@ async def model(model: str, request: Request) -> Response:
     return AsciiJSON(_card(service_of(request, model)))
 
 
+# HEAD is what load balancers ask; the schema has one line for both
+@router.head("/health", include_in_schema=False)
 @router.get("/health", response_model=responses.Health, responses=documented())
 async def health(request: Request) -> Response:
     """Whether the process lives."""
@@ -35,6 +37,7 @@ async def health(request: Request) -> Response:
     return AsciiJSON({"status": "ok", "ready": is_ready})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_model=responses.Health, responses=documented(503))
 async def ready(request: Request) -> Response:
     """Whether requests are taken: not before warm-up, not while stopping, not after a failure."""

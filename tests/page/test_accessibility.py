@@ -6,6 +6,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from tests.page.conftest import Chat
 from tests.page.scripted_server import Reply, fails, says
 
 RICH = """# Title
@@ -197,6 +198,32 @@ def test_the_focus_returns_from_settings_menus_and_the_drawer(chat):
     expect(chat.button("Close the list")).to_be_focused()
     chat.page.keyboard.press("Escape")
     expect(chat.button("Conversations")).to_be_focused()
+
+
+def test_no_field_is_so_small_that_a_phone_enlarges_the_page(browser, server):
+    """iOS does so, and leaves it so, where the letters have less than 16 pixels."""
+    context = browser.new_context(
+        base_url=server.url, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True
+    )
+    chat = Chat.open(context, server)
+    chat.say("hello")
+    chat.button("Conversations").tap()
+    chat.button("Rename hello").evaluate("button => button.click()")
+    no_text = "[type=checkbox], [type=radio], [type=range], [hidden]"
+    fields = chat.page.locator(f"textarea, select, input:not({no_text})")
+    sizes = fields.evaluate_all("all => all.map((e) => parseFloat(getComputedStyle(e).fontSize))")
+    assert len(sizes) >= 8 and min(sizes) >= 16
+    context.close()
+
+
+def test_what_is_written_from_right_to_left_begins_at_the_right(chat, server):
+    direction = "element => getComputedStyle(element).direction"
+    chat.box.fill("שלום")
+    assert chat.box.evaluate(direction) == "rtl"
+    chat.say("שלום")
+    assert chat.page.locator(".bubble").evaluate(direction) == "rtl"
+    chat.box.press("ArrowUp")
+    assert chat.page.get_by_label("Edit your message").evaluate(direction) == "rtl"
 
 
 def test_reduced_motion_is_honoured(chat, server):

@@ -218,10 +218,25 @@ def test_waiting_for_a_server_can_be_stopped(chat, server):
     assert len(server.requests) == asked
 
 
-def test_an_answer_cut_by_its_limit_says_so(chat, server):
+@pytest.mark.parametrize(
+    ("model", "limit", "words"),
+    [
+        ("d4-sft", 5, "Ended at the longest answer that the settings allow."),
+        ("d4-sft", None, "its context is full"),
+        ("d4-base", None, "Ended at the longest answer that the settings allow."),
+    ],
+)
+def test_an_answer_that_was_cut_names_the_limit_that_it_met(chat, server, model, limit, words):
+    """Without one of the settings it is the context, but of a base model, which has a default."""
+    server.models = [model]
+    settings = f"JSON.stringify({{ maxTokens: {limit or 'null'} }})"
+    chat.page.evaluate(f"localStorage.setItem('jaxchat.settings', {settings})")
+    chat.page.reload()
     server.play(says("endless", finish="length"))
     chat.say("hello")
-    expect(chat.answers.last).to_contain_text("Ended at the longest answer")
+    expect(chat.answers.last).to_contain_text(words)
+    chat.page.reload()
+    expect(chat.answers.last).to_contain_text(words)
 
 
 def test_text_stays_readable_when_markdown_cannot_be_had(chat, server):

@@ -96,6 +96,14 @@ def test_a_full_storage_is_said_and_the_conversation_goes_on(chat, context, serv
     expect(chat.messages).to_have_count(6)
 
 
+def test_the_browser_is_asked_once_to_keep_what_is_stored(chat):
+    count = "navigator.storage.persist = async () => (window.asked += 1)"
+    chat.page.evaluate(f"() => {{ window.asked = 0; {count}; }}")
+    chat.say("hello")
+    chat.say("again")
+    assert chat.page.evaluate("window.asked") == 1
+
+
 def test_a_browser_that_offers_no_storage_still_chats(context, server):
     context.add_init_script(
         """

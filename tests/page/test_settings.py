@@ -46,6 +46,27 @@ def test_two_tabs_do_not_undo_each_others_settings(chat, context, server):
         assert (body["messages"][0]["content"], body["seed"]) == ("Be brief.", 7)
 
 
+def test_what_one_tab_writes_asks_nothing_of_another_and_changes_no_choice(chat, context, server):
+    server.models = ["d4-base", "d4-sft"]
+    chat.page.reload()
+    other = Chat.open(context, server)
+    for one, name in ((other, "d4-sft"), (chat, "d4-base")):  # the last choice is the stored one
+        one.page.locator("#models summary").click()
+        one.page.get_by_label(name).check()
+        one.page.keyboard.press("Escape")
+    asked = len(other.requested)
+    chat.box.fill("a draft")
+    open_settings(chat).get_by_label("System prompt").fill("Be brief.")
+    chat.button("Done").click()
+    other.wait_for("document.getElementById('setting-system').value === 'Be brief.'")
+    other.page.wait_for_timeout(300)  # a draft is stored after 200 ms
+    assert [url for url in other.requested[asked:] if url.endswith("/v1/models")] == []
+    other.page.evaluate("dispatchEvent(new Event('online'))")  # what does ask for the models again
+    expect(other.page.get_by_label("d4-sft")).to_be_checked()
+    other.say("hello")
+    assert server.requests[-1][1]["model"] == "d4-sft"
+
+
 @pytest.mark.parametrize("kept", ["{}", '"x"', "5", "true", "[3]", "{"])
 def test_what_is_damaged_in_the_browsers_storage_is_no_obstacle(chat, server, kept):
     names = ("models", "settings", "draft.new")
@@ -244,6 +265,78 @@ def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(chat, server):
     )
     chat.page.wait_for_timeout(100)
     assert server.requests == [] and chat.box.input_value() == "にほん"
+
+
+@pytest.mark.parametrize("box", ["message", "title", "edit"])
+def test_enter_of_an_input_method_whose_word_has_ended_already_does_nothing(chat, server, box):
+    """As Safari tells it: no longer composing, but with the code of an input method."""
+    chat.say("hello")
+    if box == "edit":
+        chat.box.press("ArrowUp")
+        field = chat.page.get_by_label("Edit your message")
+    elif box == "title":
+        chat.page.locator("#conversations li").hover()
+        chat.button("Rename hello").click()
+        field = chat.page.get_by_label("Title", exact=True)
+    else:
+        field = chat.box
+    field.fill("にほん")
+    script = "(e, options) => e.dispatchEvent(new KeyboardEvent('keydown', options))"
+    for name in ("Enter", "Escape"):
+        field.evaluate(script, {"key": name, "keyCode": 229, "bubbles": True})
+    chat.page.wait_for_timeout(100)
+    expect(field).to_have_value("にほん")
+    assert len(server.requests) == 1 and chat.conversation_titles() in (["hello"], [])
+
+
+def test_an_api_key_is_tried_once_when_it_is_complete(chat):
+    field = open_settings(chat).get_by_label("API key")
+    before = len(chat.requested)
+    field.press_sequentially("sk-secret")
+    chat.page.wait_for_timeout(100)
+    assert chat.requested[before:] == []
+    with chat.page.expect_request("**/v1/models") as request:
+        chat.page.keyboard.press("Escape")  # which closes the dialog
+    assert request.value.headers["authorization"] == "Bearer sk-secret"
+
+
+def test_what_was_said_of_another_key_is_no_answer_to_the_new_one(chat):
+    held = []
+
+    def answer(route):
+        if route.request.headers.get("authorization") == "Bearer old":
+            held.append(route)
+        else:
+            route.continue_()
+
+    chat.page.route("**/v1/models", answer)
+    field = open_settings(chat).get_by_label("API key")
+    with chat.page.expect_request("**/v1/models"):
+        field.fill("old")
+        field.blur()
+    field.fill("new")
+    field.blur()
+    with chat.page.expect_response("**/v1/models") as response:
+        while not held:
+            chat.page.wait_for_timeout(10)
+        with chat.page.expect_request("**/v1/models") as request:
+            held[0].fulfill(status=401, json={"error": {"message": "no such key", "code": None}})
+    assert response.value.status == 401
+    assert request.value.headers["authorization"] == "Bearer new"
+    chat.page.wait_for_timeout(100)
+    assert "no such key" not in chat.page.locator("#notices").inner_text()
+
+
+def test_a_key_that_no_header_can_carry_is_said_to_be_at_fault(chat, server):
+    field = open_settings(chat).get_by_label("API key")
+    field.fill("sk-\u200bsecret")
+    chat.button("Done").click()
+    notices = chat.page.locator("#notices")
+    expect(notices).to_contain_text("The API key has a character that cannot be sent")
+    chat.say("hello")
+    expect(chat.answers.last).to_contain_text("wants an API key")
+    expect(chat.answers.last).not_to_contain_text("cannot be reached")
+    assert server.requests == []
 
 
 def test_an_api_key_is_sent_and_forgotten_with_the_tab(chat, context, server):

@@ -185,6 +185,31 @@ def test_all_conversations_leave_in_one_file_and_come_back(chat):
     assert sorted(links.all_inner_texts()) == ["one", "one", "two", "two"]
 
 
+COUNT_DRAWINGS = """
+() => {
+  window.drawings = 0;
+  const list = document.getElementById("conversations");
+  new MutationObserver(() => (window.drawings += 1)).observe(list, { childList: true });
+}
+"""
+
+
+def test_the_list_is_not_drawn_anew_for_each_of_many_conversations(chat):
+    """Each drawing takes as long as the list is: 500 conversations took half a minute."""
+    count = 60
+    messages = {"0": {"role": "user", "parts": [{"type": "text", "text": "x"}], "children": []}}
+    documents = [
+        {"title": f"chat {index}", "children": ["0"], "messages": messages, "active": 0}
+        for index in range(count)
+    ]
+    chat.page.evaluate(COUNT_DRAWINGS)
+    file = {"format": "jaxchat-conversations", "version": 1, "conversations": documents}
+    import_text(chat, "x.json", json.dumps(file))
+    expect(chat.page.locator("#conversations .conversation")).to_have_count(count)
+    expect(chat.messages).to_have_count(1)
+    assert chat.page.evaluate("drawings") <= 3  # all are stored, the first is opened
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

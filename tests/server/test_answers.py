@@ -1,5 +1,7 @@
 """What the server says: chats, completions, streams, log-probabilities, metrics."""
 
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -217,6 +219,9 @@ def test_metrics_parse_and_count(idle):
     assert grew("inter_token_latency_seconds_count") == 22
     assert grew("prefix_cache_queries_total") == 2 * prompt
     assert after["jaxchat:num_requests_running", None] == 0
+    if Path("/proc").is_dir():  # what every dashboard asks of a process
+        assert after["process_resident_memory_bytes", None] > 1e6
+        assert after["process_cpu_seconds_total", None] > 0
 
 
 # --- the calculator ------------------------------------------------------------------------------

@@ -190,6 +190,25 @@ def test_a_server_whose_engine_is_stuck_ends_all_the_same(signals, grace_s):
     assert "Traceback" not in one.output
 
 
+COMPILING = STUCK.replace("warm_up = lambda: None", "warm_up = lambda: time.sleep(60)")
+COMPILING = COMPILING.replace("pool.STOP_S = 0.5\n", "")
+
+
+def test_a_server_that_compiles_is_not_waited_for():
+    """A reply may have its last step, half a minute; before the warm-up there is none."""
+    with Process([sys.executable, "-c", COMPILING, "60"]) as one:
+        wait_for(lambda: answers(one), seconds=60)
+        assert httpx.get(one.url + "/ready").status_code == 503
+        one.signal(signal.SIGTERM)
+        assert one.wait(10) == 0
+    assert "Traceback" not in one.output
+
+
+def answers(process):
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(process.url + "/health").status_code == 200
+
+
 def test_a_flood_of_connections_leaves_descriptors_for_the_rest():
     limited = ["bash", "-c", 'ulimit -n 128; exec "$@"', "bash", sys.executable, "-c", STUCK, "1"]
     with Process(limited) as one, contextlib.ExitStack() as flood:

@@ -44,6 +44,31 @@ def test_a_client_that_leaves_frees_its_slots_within_one_dispatch(slow, stream):
     assert slow.pool.workers[0].load == 0
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_client_that_leaves_is_counted_as_such_and_not_as_a_bad_request(slow, share):
+    def counted(status):
+        families = text_string_to_metric_families(slow.get("/metrics").text)
+        labels = {"path": "/v1/chat/completions", "status": status}
+        samples = [sample for family in families for sample in family.samples]
+        return sum(
+            one.value
+            for one in samples
+            if one.name == "jaxchat:http_requests_total" and one.labels == labels
+        )
+
+    before = {status: counted(status) for status in ("400", "499", "500")}
+    body = json.dumps({"messages": HELLO, **LONG}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    head += "\r\nContent-Type: application/json\r\n\r\n"
+    with slow.connect(head.encode() + body[: int(share * len(body))]):
+        if share == 1.0:
+            wait_for(lambda: in_slots(slow) == 1)
+        else:
+            time.sleep(0.2)
+    wait_for(lambda: counted("499") == before["499"] + 1)
+    assert [counted(status) for status in ("400", "500")] == [before["400"], before["500"]]
+
+
 def test_a_full_queue_sends_requests_away_and_takes_them_again():
     with ThreadPoolExecutor() as threads, running(max_waiting=2) as one:
         step = one.engine.step

@@ -17,6 +17,7 @@ from tests.servers import CONTEXT, MODEL, running
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "message 0 (user): content is empty"),
+        ({"messages": [{"role": "system", "content": ""}]}, "at least one message"),
         ({"messages": [*HELLO, *HELLO]}, "take turns"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "nothing to answer"),
         ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, "parts"),
@@ -88,6 +89,86 @@ def test_a_chat_request_that_cannot_be_served_is_told_why(idle, fields, message)
 )
 def test_a_completion_that_cannot_be_served_is_told_why(idle, fields, message):
     assert message in error_of(complete(idle, **fields), 400)["message"]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+LEAVE_OUT = "not supported: leave it out"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "message"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            "messages.0.content.0.type",
+            "messages.0.content.0.type: Input should be 'text', 'python' or 'python_output'; "
+            "messages.0.content.0.text: Field required",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "messages.0.content.0.text: Field required",
+        ),
+        (
+            "chat/completions",
+            {"messages": HELLO, "stop": ""},
+            "stop",
+            "stop: String should have at least 1 character",
+        ),
+        (
+            "chat/completions",
+            {"messages": HELLO, "stop": 5},
+            "stop",
+            "stop: Input should be a valid string; stop: Input should be a valid list",
+        ),
+        (
+            "chat/completions",
+            {"messages": HELLO, "logit_bias": {"x": 1}},
+            "logit_bias.x",
+            "logit_bias.x: String should match pattern '^[0-9]{1,9}$'",
+        ),
+        (
+            "chat/completions",
+            {"messages": HELLO, "tools": [{"type": "function"}]},
+            "tools",
+            f"tools: {LEAVE_OUT}",
+        ),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix", f"suffix: {LEAVE_OUT}"),
+        (
+            "completions",
+            {"prompt": []},
+            "prompt",
+            "prompt: List should have at least 1 item after validation, not 0",
+        ),
+        (
+            "completions",
+            {"prompt": [[1, -1]]},
+            "prompt.0.1",
+            "prompt.0.1: Input should be greater than or equal to 0",
+        ),
+        (
+            "completions",
+            {"prompt": 5, "n": 0},
+            "n",
+            "prompt: Input should be a valid string; prompt: Input should be a valid list; "
+            "n: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_fault_is_named_as_the_body_has_it(idle, path, fields, param, message):
+    """Not with the names of pydantic's types, and of several types by the nearest alone."""
+    error = error_of(idle.post(f"/v1/{path}", fields), 400)
+    told = "; ".join(sorted(error["message"].split("; ")))
+    assert (error["param"], told) == (param, "; ".join(sorted(message.split("; "))))
+
+
+def test_a_body_that_is_no_json_is_called_so(idle):
+    headers = {"Content-Type": "application/json"}
+    url = idle.url + "/v1/completions"
+    error = error_of(httpx.post(url, content=b'{"prompt": "x"', headers=headers), 400)
+    assert (error["param"], error["message"]) == (None, "the body is not JSON (at 14)")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +293,31 @@ def test_keys_rates_and_origins():
         assert httpx.options(url, headers=asked).status_code == 200
         asked["Origin"] = "https://other.example"
         assert httpx.options(url, headers=asked).status_code == 400
+
+
+def test_probes_name_the_server_as_they_like_and_may_ask_for_the_head():
+    with running(allowed_hosts=("my.example",)) as one:
+        for path in ("/health", "/ready"):
+            for method in ("GET", "HEAD"):
+                answer = httpx.request(method, one.url + path, headers={"Host": "10.1.2.3:8000"})
+                assert answer.status_code == 200
+                assert bool(answer.content) == (method == "GET")
+        for path in ("/", "/metrics", "/v1/models"):
+            error_of(one.get(path, headers={"Host": "10.1.2.3:8000"}), 403)
+
+
+def test_a_key_may_have_letters_beyond_ascii():
+    """curl sends the bytes of UTF-8, a browser those of Latin-1."""
+    keys = ("ascii", "schlüssel-à", "ключ")
+    with running(api_keys=keys) as one:
+
+        def status(key):
+            headers = {"Authorization": b"Bearer " + key}
+            return one.get("/v1/models", headers=headers).status_code
+
+        sent = [key.encode() for key in keys] + [b"schl\xfcssel-\xe0"]
+        assert [status(key) for key in sent] == [200] * 4
+        assert status(b"schlussel") == status("schlüssel".encode()) == 401
 
 
 def test_without_a_key_only_what_tells_nothing_is_answered():

@@ -86,6 +86,14 @@ def test_the_newer_name_of_the_limit_wins(given):
     assert limit(max_tokens=5, max_completion_tokens=6) == 6
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_a_system_message_without_a_word_is_none(given, role, content):
+    """Many a page sends its system prompt where nobody has written one."""
+    empty = {"role": role, "content": content}
+    assert list(given(CHAT, messages=[empty, *HELLO], max_tokens=1).ids) == PROMPT
+
+
 def test_a_developer_is_the_system(given):
     ids = [
         list(

@@ -193,4 +193,14 @@ function kindOf(status, code) {
   return status >= 500 ? "server" : "request";
 }
 
-const headers = (apiKey) => (apiKey ? { Authorization: `Bearer ${apiKey}` } : {});
+/** ApiError for a key that cannot be sent, such as one pasted with an invisible character. */
+function headers(apiKey) {
+  if (!apiKey) return {};
+  const named = { Authorization: `Bearer ${apiKey}` };
+  try {
+    new Headers(named); // fetch would throw what it throws where nobody answers
+  } catch {
+    throw new ApiError("auth", "The API key has a character that cannot be sent: type it anew.");
+  }
+  return named;
+}

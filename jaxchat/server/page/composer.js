@@ -2,7 +2,7 @@
 
 import { explainNoCommand, isCommand, isNoCommand, runCommand } from "./commands.js";
 import { small } from "./database.js";
-import { byId, focusPrompt } from "./dom.js";
+import { byId, focusPrompt, isOfInputMethod } from "./dom.js";
 
 const DRAFT_MS = 200;
 
@@ -54,7 +54,7 @@ export class Composer {
   }
 
   #key(event) {
-    if (event.isComposing) return; // Enter picks a word in an input method
+    if (isOfInputMethod(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
       this.#send();

@@ -11,6 +11,7 @@ const STORE = "conversations";
 export class Database extends EventTarget {
   #memory = new Map();
   #index = new Map();
+  #askedToKeep = false;
   #opened;
   #channel = new BroadcastChannel("jaxchat.conversations");
 
@@ -52,11 +53,19 @@ export class Database extends EventTarget {
       this.#index.set(conversation.id, summary(conversation));
       this.#memory.delete(conversation.id);
       this.#channel.postMessage(conversation.id);
+      this.#askToKeep();
     } catch (error) {
       this.#index.set(conversation.id, summary(conversation));
       this.#memory.set(conversation.id, structuredClone(conversation));
       if (database) this.onFailure(error);
     }
+  }
+
+  /** Once there is something to lose: browsers clear the storage of pages that did not ask. */
+  #askToKeep() {
+    if (this.#askedToKeep) return;
+    this.#askedToKeep = true;
+    navigator.storage?.persist?.().catch(() => {}); // then it is kept as long as there is room
   }
 
   async get(id) {
@@ -138,19 +147,22 @@ export const small = forgiving(() => localStorage);
 /** The same, forgotten with the tab. */
 export const tabOnly = forgiving(() => sessionStorage);
 
+/** Under which key the browser keeps `name`, as the event "storage" of the other tabs tells. */
+export const storageKey = (name) => `jaxchat.${name}`;
+
 function forgiving(storage) {
   return {
     get(name) {
       try {
-        return JSON.parse(storage().getItem(`jaxchat.${name}`));
+        return JSON.parse(storage().getItem(storageKey(name)));
       } catch {
         return null;
       }
     },
     set(name, value) {
       try {
-        if (value === null || value === "") storage().removeItem(`jaxchat.${name}`);
-        else storage().setItem(`jaxchat.${name}`, JSON.stringify(value));
+        if (value === null || value === "") storage().removeItem(storageKey(name));
+        else storage().setItem(storageKey(name), JSON.stringify(value));
       } catch {
         // the value still holds until the page is closed
       }

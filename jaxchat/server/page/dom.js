@@ -73,6 +73,12 @@ export function drawIcons(root) {
 
 export const byId = (id) => document.getElementById(id);
 
+/**
+ * Whether a key is an input method's, which Enter makes take a word. In Safari the composition has
+ * ended before the key is told, and only its code says whose it was.
+ */
+export const isOfInputMethod = (event) => event.isComposing || event.keyCode === 229;
+
 /** Put the focus where one writes; not on a phone, whose keyboard would cover the conversation. */
 export function focusPrompt() {
   if (!matchMedia("(pointer: coarse)").matches) byId("prompt").focus({ preventScroll: true });

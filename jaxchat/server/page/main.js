@@ -7,7 +7,7 @@ import { ADVICE, ApiError } from "./api.js";
 import { Composer } from "./composer.js";
 import { textOf } from "./conversation.js";
 import { Database } from "./database.js";
-import { announce, byId, drawIcons, h, iconButton } from "./dom.js";
+import { announce, byId, drawIcons, h, iconButton, isOfInputMethod } from "./dom.js";
 import { ModelPicker } from "./models.js";
 import { Session } from "./session.js";
 import { Settings, settingsDialog } from "./settings.js";
@@ -143,7 +143,7 @@ byId("import-file").addEventListener("change", async ({ target }) => {
 });
 
 addEventListener("keydown", (event) => {
-  if (event.isComposing) return; // the keys are an input method's
+  if (isOfInputMethod(event)) return;
   const command = event.ctrlKey || event.metaKey;
   if (event.key === "Escape" && !dialog.open) {
     if (hideCard() || closeMenus() || sidebar.closeDrawer()) return; // an answer that comes goes on
@@ -171,8 +171,19 @@ function closeMenus(target = null) {
 
 /** Ask the server for its models; whoever asks while that is under way waits for the same answer. */
 function loadModels() {
-  loading ??= picker.load().catch(explain).finally(() => (loading = null));
+  loading ??= loadWithNewestKey().catch(explain).finally(() => (loading = null));
   return loading;
+}
+
+/** What a key brought that has been replaced meanwhile, be it a refusal, is no answer to the new one. */
+async function loadWithNewestKey() {
+  for (;;) {
+    const { apiKey } = settings.values;
+    const failure = await picker.load().then(() => null, (error) => error);
+    if (settings.values.apiKey !== apiKey) continue;
+    if (failure) throw failure;
+    return;
+  }
 }
 
 function explain(error) {

@@ -2,11 +2,14 @@
 
 import { ADVICE } from "./api.js";
 import { textOf, versionIndex, versions } from "./conversation.js";
-import { focusPrompt, h, icon, iconButton } from "./dom.js";
+import { focusPrompt, h, icon, iconButton, isOfInputMethod } from "./dom.js";
 import { Prose } from "./markdown.js";
 import { drawTokens, tokensShown } from "./tokens.js";
 
-const FINISHES = { length: "Ended at the longest answer that the settings allow." };
+const FINISHES = {
+  length: "Ended at the longest answer that the settings allow.",
+  context: "Ended because the model can hold no more: its context is full.",
+};
 
 export class MessageView {
   #parts = [];
@@ -43,7 +46,7 @@ export class MessageView {
   drawBody() {
     const { message } = this;
     if (message.role === "user") {
-      this.body.replaceChildren(h("div", { class: "bubble" }, textOf(message)));
+      this.body.replaceChildren(h("div", { class: "bubble", dir: "auto" }, textOf(message)));
     } else if (this.#showsTokens && tokensShown(message)) {
       this.#parts = [];
       this.body.replaceChildren(drawTokens(message.tokens));
@@ -134,7 +137,9 @@ export class MessageView {
       this.#editor.querySelector("textarea").focus(); // what has been written stays
       return;
     }
-    const box = h("textarea", { class: "edit-box", value: textOf(this.message), aria: { label: "Edit your message" } });
+    const box = h("textarea", {
+      class: "edit-box", dir: "auto", value: textOf(this.message), aria: { label: "Edit your message" },
+    });
     const end = () => {
       this.#editor = null;
       this.drawBody();
@@ -152,7 +157,7 @@ export class MessageView {
       [...this.actions.children].find((button) => button.ariaLabel === "Edit")?.focus();
     };
     box.addEventListener("keydown", (event) => {
-      if (event.isComposing) return; // the keys are an input method's
+      if (isOfInputMethod(event)) return;
       if (event.key === "Escape") {
         event.stopPropagation();
         cancel();

@@ -16,13 +16,13 @@ export class ModelPicker {
     });
   }
 
-  /** Ask the server what it has. The choice of last time holds where its stages still exist. */
+  /** Ask the server what it has. This tab's choice, or that of last time, holds where its stages still exist. */
   async load() {
     this.#models = await listModels(this.settings.values.apiKey);
     const ids = this.#models.map(({ id }) => id);
     this.session.available = ids;
     this.settings.setDefaults(this.#models[0]?.defaults ?? {}); // the same for all that a server has
-    const kept = small.get("models");
+    const kept = this.session.models.length ? this.session.models : small.get("models");
     const before = new Set((Array.isArray(kept) ? kept : []).map((id) => standIn(String(id), ids)).filter(Boolean));
     const preferred = this.#models.findLast(({ stage }) => stage === "sft") ?? this.#models.at(-1);
     this.#choose(before.size ? [...before] : preferred ? [preferred.id] : []);

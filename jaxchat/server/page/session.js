@@ -117,7 +117,8 @@ export class Session extends EventTarget {
 
   /** Store conversations from elsewhere and open the first. */
   async adopt(conversations) {
-    for (const conversation of conversations) await this.#store(conversation);
+    for (const conversation of conversations) await this.#put(conversation);
+    this.#emit("list"); // once: the list is drawn anew each time, as long as it is by then
     await this.open(conversations[0].id);
   }
 
@@ -278,7 +279,7 @@ export class Session extends EventTarget {
       try {
         for await (const { part, text, tokens, finish, usage } of streamAnswer(request)) {
           if (finish) {
-            answer.finish = finish;
+            answer.finish = finish === "length" ? lengthReached(request) : finish;
             if (usage && answer.stats) answer.stats.tokens = usage.completion_tokens;
           } else {
             this.#grow(conversation, answer, { part, text, tokens }, start);
@@ -378,6 +379,11 @@ export class Session extends EventTarget {
 
 /** Answers of several models are one alternative. */
 const groupFor = (models) => (models.length > 1 ? tree.newId() : undefined);
+
+/** Which length: without a limit of its own an answer may have what the context holds besides. */
+function lengthReached({ model, settings }) {
+  return settings.maxTokens === null && !continuesText(model) ? "context" : "length";
+}
 
 /** What helps where all that was sent was too long: turns to leave out, or else what is to blame. */
 function remedy(model, history, sent, { system, maxTokens }) {

@@ -1,6 +1,6 @@
 /** The settings: their values and limits in one table, and the dialog that is drawn from it. */
 
-import { small, tabOnly } from "./database.js";
+import { small, storageKey, tabOnly } from "./database.js";
 import { byId, h } from "./dom.js";
 
 /**
@@ -31,9 +31,9 @@ export class Settings extends EventTarget {
   constructor() {
     super();
     this.#chosen = chosenBefore();
-    addEventListener("storage", () => {
-      this.#chosen = chosenBefore(); // another tab has set one
-      for (const name of Object.keys(FIELDS)) this.#announce(name);
+    addEventListener("storage", ({ key }) => {
+      // drafts and the choice of models are stored there too; null: all has been cleared
+      if (key === storageKey("settings") || key === null) this.#takeFromOtherTab();
     });
   }
 
@@ -48,6 +48,15 @@ export class Settings extends EventTarget {
     this.#chosen[name] = value;
     this.#keep();
     this.#announce(name);
+  }
+
+  /** Another tab has set something; the API key is this tab's own. */
+  #takeFromOtherTab() {
+    const before = this.values;
+    const { apiKey } = before;
+    this.#chosen = { ...chosenBefore(), apiKey };
+    const now = this.values;
+    for (const name of Object.keys(FIELDS)) if (now[name] !== before[name]) this.#announce(name);
   }
 
   reset() {
@@ -148,7 +157,8 @@ function drawField(settings, name, field) {
   };
   for (const input of inputs) {
     input.setAttribute("aria-describedby", `${id}-hint ${id}-error`);
-    input.addEventListener("input", () => {
+    // a key is tried at the server: once, when it is complete
+    input.addEventListener(field.secret ? "change" : "input", () => {
       try {
         settings.set(name, valueOf(input, field));
         for (const other of inputs) if (other !== input) other.value = input.value;

@@ -1,6 +1,6 @@
 /** The list of conversations: open, search, rename, delete; a drawer on small screens. */
 
-import { byId, h, iconButton } from "./dom.js";
+import { byId, h, iconButton, isOfInputMethod } from "./dom.js";
 
 const SEARCH_MS = 120;
 
@@ -63,7 +63,7 @@ export class Sidebar {
       this.list.querySelector(`[data-focus="rename-${id}"]`)?.focus();
     };
     input.addEventListener("keydown", (event) => {
-      if (event.isComposing) return; // the keys are an input method's
+      if (isOfInputMethod(event)) return;
       if (event.key === "Enter") close(true);
       if (event.key === "Escape") {
         event.stopPropagation();
