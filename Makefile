@@ -26,9 +26,9 @@ check: setup
 	$(CARGO) clippy --all-targets -- -D warnings
 	$(CARGO) clippy --features python -- -D warnings -D clippy::unwrap_used -D clippy::expect_used
 
-# The fast tests, Python and Rust.
+# The fast tests, Python and Rust. Two at a time: most of them compile, which one core does.
 test: setup
-	$(BIN)/pytest tests -m "not slow" -rs
+	$(BIN)/pytest tests -m "not slow" -rs -n 2 --dist loadfile
 	$(CARGO) test -p rustbpe
 
 # The slow tests of what no fast one starts: runs of several processes, a server's end, a benchmark.
