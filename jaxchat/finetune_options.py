@@ -38,7 +38,7 @@ class FinetuneOptions:
     card: int | None = None
     """Preset for a card of 8, 16, 24 or 80 GB, in place of what the source's run saved."""
     remat: str | None = None
-    """Kept of a block: all (none), products, input (block), offload; the source's when not set."""
+    """Compute activations twice: none, products (kept), block, offload; the source's if unset."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory; as the source's run did when not set."""
     total_batch_size: int | None = None
