@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent promotion, shapes checked at run time."""
 
 import os
+import signal
 import tempfile
 
 # Eight devices on one machine, so that sharding is exercised everywhere, and a compiler that does
@@ -40,6 +41,14 @@ def pytest_configure(config):
     config.add_cleanup(compiled.cleanup)
     jax.config.update("jax_compilation_cache_dir", compiled.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT is heard by what a test starts, also below nohup, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

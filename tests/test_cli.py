@@ -138,6 +138,7 @@ time.sleep(60)
 """Training, as far as signals go."""
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_speedrun_that_is_told_to_stop_waits_until_its_stage_has_saved(tmp_path, number):
     """The shell alone is told, as by `docker stop`: a stage in the foreground hears nothing."""

@@ -329,6 +329,7 @@ def test_an_error_does_not_wait_for_other_requests(config, monkeypatch):
     rest.set()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_wait_for_requests_under_way(config, monkeypatch):
     asked, rest = threading.Event(), threading.Event()
 

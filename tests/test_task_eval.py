@@ -315,7 +315,7 @@ def test_a_long_question_leaves_its_reply_the_room_that_it_needs():
             return 2
 
         def _example(self, index):
-            turns = zip(("user", "assistant"), ("q" * 1000, "x"), strict=True)
+            turns = zip(("user", "assistant"), ("pq"[index] * 1000, "x"), strict=True)
             return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
         def _identity(self):
