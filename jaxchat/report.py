@@ -194,17 +194,17 @@ class Subject(NamedTuple):
     step: int | None = None
 
 
-def model_facts(*, source: str, tag: str, meta: Mapping[str, Any], tokenizer: str) -> KeyValues:
+def model_facts(source: str, tag: str, meta: Mapping[str, Any]) -> KeyValues:
     """What every evaluation stores in its section, so that `subject_of` knows whose figures it has.
 
-    `meta` is that of the checkpoint, `tokenizer` the fingerprint of its tokenizer.
+    `meta` is that of the checkpoint.
     """
     facts = {
         "source": source,
         "model_tag": tag,
         "run": meta.get("run"),
         "step": meta["step"],
-        "tokenizer": tokenizer,
+        "tokenizer": meta.get("tokenizer"),
     }
     return KeyValues(facts, OF_THE_MODEL)
 

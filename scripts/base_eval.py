@@ -85,12 +85,7 @@ def main(config: Config) -> None:
         [
             Text(f"{name}: {metric:.4f}, {config.source} step {model.meta['step']}"),
             table,
-            model_facts(
-                source=config.source,
-                tag=model.tag,
-                meta=model.meta,
-                tokenizer=model.tokenizer.fingerprint,
-            ),
+            model_facts(config.source, model.tag, model.meta),
         ],
         wall_seconds=time.monotonic() - started,
         figures={label: metric},

@@ -80,12 +80,7 @@ def main(config: Config) -> None:
             Table(["split", "bits per byte"], list(scores.items()), facts),
             Samples(greedy, "Greedy"),
             Samples(drawn, "Temperature 0.8, top-k 50"),
-            model_facts(
-                source=config.source,
-                tag=model.tag,
-                meta=model.meta,
-                tokenizer=model.tokenizer.fingerprint,
-            ),
+            model_facts(config.source, model.tag, model.meta),
         ],
         wall_seconds=time.monotonic() - started,
         figures={f"{split} bpb": value for split, value in scores.items()},

@@ -83,12 +83,7 @@ def main(config: Config) -> None:
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )
     results = evaluate(config, model, tasks)
-    facts = model_facts(
-        source=config.source,
-        tag=model.tag,
-        meta=model.meta,
-        tokenizer=model.tokenizer.fingerprint,
-    )
+    facts = model_facts(config.source, model.tag, model.meta)
     report = Report(base_dir())
     fresh = result_table(results, config.max_problems)
     table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)

@@ -301,6 +301,7 @@ def report(
     result: LoopResult,
 ) -> None:
     """Add the section: the reward and pass@k over the run."""
+    tag = tag_of("rl", store.directory)
     rows = read_metrics(store.directory / METRICS)
     passes = {k: series(rows, f"val/pass@{k}") for k in PASS_AT}
     passes = {k: line for k, line in passes.items() if line[0]}
@@ -315,12 +316,7 @@ def report(
             {f"pass@{k}": line for k, line in passes.items()},
         ),
         KeyValues({name: str(value) for name, value in asdict(config).items()}, "Options"),
-        model_facts(
-            source="rl",
-            tag=tag_of("rl", store.directory),
-            meta=store.read_meta(result.step),
-            tokenizer=model.tokenizer.fingerprint,
-        ),
+        model_facts("rl", tag, store.read_meta(result.step)),
     ]
     Report(base_dir()).add(
         "chat_rl",
@@ -330,7 +326,6 @@ def report(
         figures=last,
     )
     shown = ", ".join(f"{name} {first[name]:.4f} -> {last[name]:.4f}" for name in last)
-    tag = tag_of("rl", store.directory)
     runtime.print0(
         f"{tag}: {result.step} steps in {result.train_seconds:.0f} s; {shown}; "
         f"saved in {store.path(result.step)}"

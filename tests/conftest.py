@@ -45,7 +45,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def interruptible():
-    """SIGINT is heard by what a test starts, also below nohup, where it is ignored."""
+    """SIGINT is heard by a test and what it starts, also where it is ignored: below nohup."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

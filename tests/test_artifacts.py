@@ -267,14 +267,6 @@ def test_the_script_keeps_what_came_and_names_what_did_not(server, base_dir, mon
     assert len(list(dataset.directory.glob("*.parquet"))) == 2
 
 
-@pytest.fixture
-def interruptible():
-    """Below nohup, or in a shell's background, SIGINT is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_all_downloads(server, base_dir, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)

@@ -222,7 +222,7 @@ def test_a_few_problems_are_not_chatcore(judged):
 def test_models_of_other_tags_stand_side_by_side_under_their_names(trained, judged, tmp_path):
     """d12's base and d4's sft stood under `base` and `sft`, as if one had become the other."""
     judged([])
-    facts = model_facts(source="mid", tag="d12", meta={"step": 7}, tokenizer="t")
+    facts = model_facts("mid", "d12", {"step": 7, "tokenizer": "t"})
     report = Report(tmp_path)
     for section in Report(trained).sections():
         report.add(section.stage, section.title, section.parts)

@@ -124,7 +124,7 @@ def add_training(base_dir, stage="chat_sft", steps=40, **options):
 
 
 def add_evaluation(base_dir, stage="chat_eval_sft", *, source="sft", tag="d2", run=RUN, step=40):
-    facts = model_facts(source=source, tag=tag, meta={"run": run, "step": step}, tokenizer="t")
+    facts = model_facts(source, tag, {"run": run, "step": step, "tokenizer": "t"})
     Report(base_dir).add(stage, "Evaluation", [facts], figures={"ChatCORE": 0.2})
 
 

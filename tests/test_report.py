@@ -76,7 +76,7 @@ def test_the_header_sums_up(card):
 
 
 def about(source, tag):
-    return [model_facts(source=source, tag=tag, meta={"run": "r", "step": 7}, tokenizer="t")]
+    return [model_facts(source, tag, {"run": "r", "step": 7, "tokenizer": "t"})]
 
 
 def options(**values):

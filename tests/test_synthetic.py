@@ -1,6 +1,7 @@
 """Conversations made up by another model, which is here a scripted one behind our own server."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -55,6 +57,18 @@ def writer(reply, monkeypatch, slots=4, **settings):
         monkeypatch.setenv("OPENAI_BASE_URL", one.url + "/v1")
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         yield replies
+
+
+@pytest.fixture(autouse=True)
+def abandoned_threads_end_here():
+    """With the sockets that nobody closes for them, of which another test would be warned."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @contextlib.contextmanager
