@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,12 +25,14 @@ from jaxchat.spikes import NO_LIMITS, Limits
 IGNORE = -1
 """Target id of a position that does not count."""
 
+BackendName: TypeAlias = Literal["jax", "torch"]
+
 BACKENDS = {
     "jax": "jaxchat.jax_backend:JaxBackend",
     "torch": "torch_ref.torch_backend:TorchBackend",
 }
 
-DEFAULT_BACKEND = "torch" if sys.platform == "darwin" else "jax"
+DEFAULT_BACKEND: BackendName = "torch" if sys.platform == "darwin" else "jax"
 
 Cache = Any
 """A backend's own KV cache; callers only hand it back."""

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxchat import cli
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.config import OptimizerConfig
 from jaxchat.memory import NO_SAVINGS, Savings, savings_of
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, check_positive
+from jaxchat.stages import Resume, StageName
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
     """Options that midtraining and finetuning share; None inherits from the source's run."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "base"
     """Stage of the model to start from: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Which model of that stage; the deepest when not set."""
@@ -68,11 +69,11 @@ class FinetuneOptions:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest first."""
-    resume: str = "auto"
+    resume: Resume = "auto"
     """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the order of the conversations."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
     mesh: str = "auto"
     """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
@@ -82,8 +83,6 @@ class FinetuneOptions:
     """Write TensorBoard events beside the checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"--resume {self.resume}: choose auto or never")
         check_positive(
             num_iterations=self.num_iterations,
             epochs=self.epochs,
@@ -99,10 +98,7 @@ class FinetuneOptions:
 
         ValueError, naming the flag, for what there is not.
         """
-        preset = inherited if self.card is None else savings_of(self.card, None, False)
-        return Savings(
-            self.remat or preset.remat, self.offload_optimizer or preset.offload_optimizer
-        )
+        return savings_of(self.card, self.remat, self.offload_optimizer, before=inherited)
 
 
 MOST_SEED = 2**31 - 1

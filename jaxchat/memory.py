@@ -21,7 +21,7 @@ products; only its input; only its input, in the host's memory."""
 
 LESS_MEMORY = (
     "Training: lower --device-batch-size, or save memory with --remat block or "
-    "--offload-optimizer (but for chat_rl). Generation: fewer --slots or --max-tokens."
+    "--offload-optimizer. Generation: fewer --slots or --max-tokens."
 )
 """What helps when memory has run out."""
 
@@ -89,9 +89,14 @@ def readable(count: float) -> str:
     return f"{count / GB:.3g} GB" if count >= GB / 10 else f"{1000 * count / GB:.3g} MB"
 
 
-def savings_of(card: int | None, remat: str | None, offload_optimizer: bool) -> Savings:
-    """The preset's savings with what is asked for by name in their place."""
-    preset = NO_SAVINGS if card is None else card_of(card).savings
+def savings_of(
+    card: int | None, remat: str | None, offload_optimizer: bool, *, before: Savings = NO_SAVINGS
+) -> Savings:
+    """The card's preset, or else those of `before`, with what is asked for by name in their place.
+
+    ValueError, naming the flag, for what there is not.
+    """
+    preset = before if card is None else card_of(card).savings
     return replace(
         preset,
         remat=remat or preset.remat,

@@ -16,6 +16,7 @@ from jaxchat.progress import OnProgress
 from jaxchat.request import Completion, Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import StepSchedule
+from jaxchat.stages import Resume
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import open_tracker
 from jaxchat.train_loop import EXIT_INTERRUPTED, run_loop
@@ -26,7 +27,7 @@ OpenLoader: TypeAlias = Callable[[Mapping[str, Any] | None], AbstractContextMana
 
 
 def begin(
-    store: CheckpointStore, backend: Backend, facts: Mapping[str, Any], *, resume: str
+    store: CheckpointStore, backend: Backend, facts: Mapping[str, Any], *, resume: Resume
 ) -> dict[str, Any]:
     """Where a run starts: the meta of its newest checkpoint, which `backend` then holds.
 
@@ -59,7 +60,7 @@ def carry_out(
     schedule: Callable[[int], StepSchedule],
     meta: Mapping[str, Any],
     config: Mapping[str, Any],
-    resume: str,
+    resume: Resume,
     run: str | None,
     tensorboard: bool,
     evaluate: Callable[[OnProgress], Mapping[str, float]],

@@ -10,13 +10,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
 from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import GPTConfig
 from jaxchat.tokenizer import Tokenizer
+
+StageName: TypeAlias = Literal["base", "mid", "sft", "rl"]
+"""Stages of the pipeline that make a model."""
+
+Resume: TypeAlias = Literal["auto", "never"]
+"""Whether a run continues what is there, or starts anew and sets that aside."""
 
 STAGE_FOLDERS = {
     "base": "base_checkpoints",
@@ -157,7 +163,7 @@ def find_output(
     return output
 
 
-def recorded(store: CheckpointStore, backend: Backend, fact: str, *, resume: str) -> Any:
+def recorded(store: CheckpointStore, backend: Backend, fact: str, *, resume: Resume) -> Any:
     """What the run that goes on in this folder was made of; None where one begins anew.
 
     For what must be known before `restore` can load it. All processes must ask, and the first one's

@@ -19,14 +19,14 @@ from rich.table import Table as ScreenTable
 
 from jaxchat import cli, runtime
 from jaxchat.artifacts import atomic_write, base_dir
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
 from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
 from jaxchat.embedded_tasks import NOTE, embedded_tasks
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts
-from jaxchat.stages import LoadedModel, find_checkpoint, load_model
+from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Models whose results a bundle may hold, as openai-community-NAME.csv."""
@@ -36,7 +36,7 @@ PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 class Config:
     """Which model, on which tasks."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "base"
     """Stage of the model: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Which model of the stage; the deepest when not set."""
@@ -48,7 +48,7 @@ class Config:
     """Examples of each task; all when not set."""
     batch_tokens: int = 16384
     """Padded tokens scored at a time: lower it when memory runs out."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte, evaluation_batches
@@ -19,7 +19,7 @@ from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table, model_facts
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
-from jaxchat.stages import LoadedModel, load_model
+from jaxchat.stages import LoadedModel, StageName, load_model
 
 PROMPTS = (
     "The capital of France is",
@@ -38,7 +38,7 @@ PROMPTS = (
 class Config:
     """Which model, on how much text."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "base"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "base"
     """Stage of the model: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Which model of the stage; the deepest when not set."""
@@ -52,7 +52,7 @@ class Config:
     """Rows per device and batch."""
     max_tokens: int = 64
     """Length of each sample."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
 
 

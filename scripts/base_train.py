@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND, Backend, backend_class
+from jaxchat.backend import DEFAULT_BACKEND, Backend, BackendName, backend_class
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import (
     ASPECT_RATIO,
@@ -38,7 +38,7 @@ from jaxchat.report import Report
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import how_to_talk, stage_directory
+from jaxchat.stages import Resume, how_to_talk, stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
 from jaxchat.training_report import training_parts
@@ -122,11 +122,11 @@ class Config:
     """climbmix, fineweb-edu, embedded, or the path of texts; what has been downloaded if unset."""
     model_tag: str | None = None
     """Name of the run; d<depth> when not set."""
-    resume: str = "auto"
+    resume: Resume = "auto"
     """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the weights and of the data order."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
     mesh: str = "auto"
     """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
@@ -136,8 +136,6 @@ class Config:
     """Write TensorBoard events beside the checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"--resume {self.resume}: choose auto or never")
         self.savings()
 
     def savings(self) -> Savings:

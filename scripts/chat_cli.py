@@ -13,15 +13,15 @@ import re
 import signal
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from jaxchat import cli
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.conversation import check_conversation, render_for_completion
 from jaxchat.engine import Engine
 from jaxchat.request import LEAD, Completion, Request
 from jaxchat.sampling_params import SamplingParams
-from jaxchat.stages import load_model
+from jaxchat.stages import StageName, load_model
 from jaxchat.tokenizer import Tokenizer
 
 with contextlib.suppress(ImportError):  # not on Windows; importing it gives `input` line editing
@@ -43,7 +43,7 @@ class Config:
 
     prompt: Annotated[str | None, cli.arg(aliases=["-p"])] = None
     """Answer this once and exit; talk turn by turn when not set."""
-    source: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "sft"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model. A base model continues text, the others converse."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
@@ -57,7 +57,7 @@ class Config:
     """Longest reply, in tokens."""
     seed: int = 0
     """The same seed, model and words give the same reply."""
-    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """Framework that runs the model."""
 
     def __post_init__(self) -> None:

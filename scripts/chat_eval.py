@@ -21,11 +21,11 @@ from rich.table import Table as ScreenTable
 
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts
-from jaxchat.stages import LoadedModel, find_checkpoint, load_model
+from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
 from jaxchat.task_eval import ChatResult, evaluate_chat
 from jaxchat.task_report import (
     compact,
@@ -45,7 +45,7 @@ from jaxchat.tasks.mixtures import check_source, default_source, eval_names, eva
 class Config:
     """Which model, on which tasks."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "sft"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Which model of the stage; the deepest when not set."""
@@ -63,7 +63,7 @@ class Config:
     """Replies that a device writes at a time; 8 on a CPU and 64 elsewhere when not set."""
     sandbox: str = SANDBOXES[0]
     """Where code that the model writes runs: monty, bubblewrap or none."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
 
     def __post_init__(self) -> None:

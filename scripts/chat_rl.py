@@ -21,10 +21,11 @@ from typing import Annotated, Any
 
 from jaxchat import cli, runtime
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import Inherited, check_seed
+from jaxchat.memory import NO_SAVINGS, Savings, savings_of
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.progress import OnProgress, unheard
@@ -33,6 +34,8 @@ from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out
 from jaxchat.stages import (
     LoadedModel,
+    Resume,
+    StageName,
     find_output,
     find_source,
     how_to_talk,
@@ -57,7 +60,7 @@ PASS_AT = (1, 2, 4, 8)
 class Config:
     """Every option of reinforcement learning."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "sft"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model to start from: base, mid, sft or rl."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Which model of that stage; the deepest when not set."""
@@ -84,6 +87,12 @@ class Config:
     """Replies that a device writes at the same time: lower it when memory runs out."""
     device_batch_size: int = 8
     """Rollouts per device and micro-batch: lower it when memory runs out."""
+    card: int | None = None
+    """Preset of what saves memory on a card of 8, 16, 24 or 80 GB, not what the source saved."""
+    remat: str | None = None
+    """Compute activations twice: none, products (kept), block, offload; the source's if unset."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory; as the source's run did when not set."""
     lr_frac: float = 0.05
     """Share of the base run's learning rates to start with."""
 
@@ -97,11 +106,11 @@ class Config:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """Checkpoints to keep, the newest first."""
-    resume: str = "auto"
+    resume: Resume = "auto"
     """auto: continue what is there; never: start anew, and set what is there aside."""
     seed: int = 42
     """Seed of the order of the questions and of every reply."""
-    backend: str = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
     mesh: str = "auto"
     """How devices share the work: auto, or axis sizes such as data=2,fsdp=4 or tensor=2."""
@@ -111,8 +120,6 @@ class Config:
     """Write TensorBoard events beside the checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"--resume {self.resume}: choose auto or never")
         check_positive(
             num_iterations=self.num_iterations,
             questions=self.questions,
@@ -126,7 +133,15 @@ class Config:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature {self.temperature}: must be at least 0")
         check_seed(self.seed)
+        self.savings(NO_SAVINGS)
         self.rollouts()
+
+    def savings(self, inherited: Savings) -> Savings:
+        """What the source's run saved, or the card's preset, with what is asked for in its place.
+
+        ValueError, naming the flag, for what there is not.
+        """
+        return savings_of(self.card, self.remat, self.offload_optimizer, before=inherited)
 
     def rollouts(self) -> RolloutConfig:
         """ValueError, naming it, for a value out of range."""
@@ -168,7 +183,7 @@ def train(
     before = recorded(store, model.backend, "rollouts", resume=config.resume)
     facts = as_before(facts_of(config, model, task, plan, optimizer), before)
     inherited = Inherited.of(model.meta)
-    savings = inherited.savings_on(model.backend.name)
+    savings = config.savings(inherited.savings_on(model.backend.name))
     model.backend.start_training(optimizer, plan, savings)
     start = begin(store, model.backend, facts, resume=config.resume)
     runtime.print0(

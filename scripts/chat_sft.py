@@ -16,7 +16,7 @@ from typing import Annotated
 from jaxchat import cli
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions
-from jaxchat.stages import find_output
+from jaxchat.stages import StageName, find_output
 from jaxchat.tasks.mixtures import (
     default_source,
     sample_questions,
@@ -30,7 +30,7 @@ from jaxchat.tasks.mixtures import (
 class Config(FinetuneOptions):
     """Every option of finetuning."""
 
-    source: Annotated[str, cli.arg(aliases=["-i"])] = "mid"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "mid"
     """Stage of the model to start from: base, mid, sft or rl."""
     init_lr_frac: float = 0.2
     """Factor on every learning rate, of those that the base run began with."""

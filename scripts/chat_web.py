@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from jaxchat import cli
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.engine import SLOTS, Engine
 from jaxchat.server import serve
 from jaxchat.server.app import create_app
 from jaxchat.server.settings import LOOPBACK, ServerSettings
-from jaxchat.stages import find_model_tag, load_model, stage_directory
+from jaxchat.stages import StageName, find_model_tag, load_model, stage_directory
 
 
 @dataclass(frozen=True)
 class Config:
     """Which model, where, and for whom."""
 
-    source: Annotated[Literal["base", "mid", "sft", "rl", "all"], cli.arg(aliases=["-i"])] = "sft"
+    source: Annotated[StageName | Literal["all"], cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model, or all that have one; a base model continues text, others converse."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
@@ -67,7 +67,7 @@ class Config:
     """Longest that one request may take."""
     grace_s: int = 30
     """How long replies that are under way may take when the server is told to stop."""
-    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """Framework that runs the model."""
 
     def __post_init__(self) -> None:

@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND
+from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.export import export_hugging_face, sections_of
 from jaxchat.report import Report, Subject
-from jaxchat.stages import load_model
+from jaxchat.stages import StageName, load_model
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Config:
     """Folder to make."""
     format: Literal["hf"] = "hf"
     """hf: Hugging Face transformers."""
-    source: Annotated[Literal["base", "mid", "sft", "rl"], cli.arg(aliases=["-i"])] = "sft"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
     """Checkpoint of that model; the newest when not set."""
-    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """Framework that reads the checkpoint."""
 
 

@@ -20,11 +20,11 @@ import numpy as np
 
 from jaxchat import cli, convert
 from jaxchat.artifacts import base_dir
-from jaxchat.backend import DEFAULT_BACKEND, backend_class
+from jaxchat.backend import DEFAULT_BACKEND, BackendName, backend_class
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.foreign_tokenizer import PICKLE_FILE, read_pickled_tokenizer, read_tokenizer_json
-from jaxchat.stages import STAGE_FOLDERS, how_to_talk, stage_directory
+from jaxchat.stages import STAGE_FOLDERS, StageName, how_to_talk, stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
 
@@ -37,7 +37,7 @@ class Config:
     """Folder that holds the model."""
     source: Literal["nanochat", "hf"]
     """nanochat: model_*.pt and meta_*.json; hf: config.json and safetensors."""
-    stage: Annotated[Literal["base", "mid", "sft", "rl"] | None, cli.arg(aliases=["-i"])] = None
+    stage: Annotated[StageName | None, cli.arg(aliases=["-i"])] = None
     """What it is here (base continues text); by its parent folder's name when not set, or base."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Its name here; d<layers> when not set."""
@@ -45,7 +45,7 @@ class Config:
     """nanochat: which checkpoint, the newest when not set; hf: its number here, 0 when not set."""
     tokenizer: Path | None = None
     """Its tokenizer.pkl or tokenizer.json; looked for in the folder and beside it when not set."""
-    backend: Literal["jax", "torch"] = DEFAULT_BACKEND
+    backend: BackendName = DEFAULT_BACKEND
     """Format to write; both backends read both."""
 
     def __post_init__(self) -> None:

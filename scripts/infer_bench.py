@@ -19,19 +19,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxchat import cli
-from jaxchat.backend import Backend, backend_class
+from jaxchat.backend import Backend, BackendName, backend_class
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.engine import TOKENS_PER_DISPATCH, Engine
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
-from jaxchat.stages import load_model
+from jaxchat.stages import StageName, load_model
 from jaxchat.tokenizer import SPECIAL_NAMES, Tokenizer
 
 PROBE_BYTES = 1 << 28
@@ -49,7 +49,7 @@ SMALLEST_VOCAB = 256 + len(SPECIAL_NAMES)
 class Config:
     """What is measured."""
 
-    source: Literal["base", "mid", "sft", "rl"] = "sft"
+    source: StageName = "sft"
     """Stage of the model, where no depth is given."""
     model_tag: str | None = None
     """Model of that stage, such as d12; the deepest when not set."""
@@ -61,7 +61,7 @@ class Config:
     """Context of a fresh model."""
     aspect_ratio: int = 64
     """Width per layer of a fresh model."""
-    backends: Annotated[tuple[Literal["jax", "torch"], ...], cli.arg(aliases=["--backend"])] = (
+    backends: Annotated[tuple[BackendName, ...], cli.arg(aliases=["--backend"])] = (
         "jax",
         "torch",
     )

@@ -110,6 +110,15 @@ def test_rates_fall_towards_nothing_and_held_out_questions_judge(backend, monkey
     assert {task.fingerprint for task in judged} == {Lucky("test", 20).fingerprint}
 
 
+def test_memory_is_saved_as_asked(backend):
+    """The same steps but for rounding, and the checkpoint says how."""
+    rewards = metrics(run(backend, "--num-iterations", "1"), "train/reward")
+    run(backend, "--num-iterations", "1", "--remat", "block", "--output-tag", "saved")
+    store = CheckpointStore(stage_directory("rl", "saved"))
+    assert store.read_meta(1)["config"]["remat"] == "block"
+    assert metrics(store, "train/reward") == rewards
+
+
 def test_a_run_that_starts_over_is_what_is_loaded_later(backend):
     run(backend, "--num-iterations", "2")
     store = run(backend, "--num-iterations", "1", "--resume", "never")

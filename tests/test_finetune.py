@@ -32,7 +32,7 @@ from jaxchat.tasks.base import TaskMixture
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
-from scripts import chat_sft
+from scripts import chat_rl, chat_sft
 from tests.models import assert_same_arrays
 from tests.test_chat_loader import Given
 from tests.test_conversation import SHAPES
@@ -271,16 +271,17 @@ def test_memory_is_saved_as_in_the_sources_run_or_as_asked_for(backend, monkeypa
     ]
 
 
-def test_savings_are_inherited_where_nothing_is_asked_for():
+@pytest.mark.parametrize("script", [chat_sft, chat_rl])
+def test_savings_are_inherited_where_nothing_is_asked_for(script):
     def found(words):
-        return cli.parse(chat_sft.Config, words.split()).savings(Savings("products", True))
+        return cli.parse(script.Config, words.split()).savings(Savings("products", True))
 
     assert found("") == Savings("products", True)
     assert found("--remat none") == Savings("none", True)
     assert found("--card 80") == Savings("none", False)
     assert found("--card 24 --offload-optimizer") == Savings("none", True)
     assert found("--card 8 --remat products") == Savings("products", True)
-    assert FinetuneOptions(offload_optimizer=True).savings(Savings()) == Savings("none", True)
+    assert script.Config(offload_optimizer=True).savings(Savings()) == Savings("none", True)
     for words in ("--card 12", "--remat some"):
         with pytest.raises(SystemExit):
             found(words)

@@ -55,6 +55,7 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
         default_response_class=errors.AsciiJSON,
+        redirect_slashes=False,  # a redirect names our address, not a proxy's; see the gate
     )
     app.state.services = services
     app.state.receiving, app.state.replying = receiving, replying
@@ -96,7 +97,11 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema without status 422, which this server words as 400, and with its keys."""
     if app.openapi_schema is None:
         schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            servers=[{"url": "."}],  # where the schema lies, be that below a path of a proxy
         )
         for path in schema["paths"].values():
             for operation in path.values():

@@ -69,6 +69,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}  # /v1/models/ is /v1/models
         start = time.perf_counter()
         status = 0
 

@@ -21,7 +21,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# lists end at their first error: a million of them would hold everyone up
+# lists and biases end at their first error: a million of them would hold everyone up
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Refused = Annotated[None, Field(description="Not supported: leave it out.")]
@@ -55,7 +55,7 @@ class Sampling(Body):
         None, ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY
     )
     logit_bias: dict[TokenKey, Annotated[FiniteFloat, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_LOGIT_BIAS
+        None, max_length=MAX_LOGIT_BIAS, fail_fast=True
     )
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None

@@ -1,22 +1,25 @@
 """Server-sent events: JSON documents as they come, `[DONE]` at the end.
 
 A client that leaves is noticed at once, also while nothing is sent: the iterator is then closed,
-which frees its slots.
+which frees its slots. One that waits, in the queue or for a long prompt to be read, hears a comment
+now and then, which clients skip: many a proxy cuts a connection on which nothing comes.
 """
 
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jaxchat.server.errors import ApiError
 
-log = logging.getLogger("jaxchat.server")
+T = TypeVar("T")
+
+KEEP_ALIVE, KEEP_ALIVE_S = b": keep-alive\n\n", 15.0
+"""What is sent after so long without an event; nginx gives up after 60 s, others after 30."""
 
 
 class EventStream(Response):
@@ -53,13 +56,25 @@ class EventStream(Response):
         await send(start)
         async with contextlib.aclosing(self._batches) as batches:
             try:
-                async for batch in batches:
+                while (batch := await _next(batches, send)) is not None:
                     await _write(send, b"".join(map(document, batch)))
             except ApiError as error:  # the status is out already
                 await _write(send, document(error.body()))
             else:
                 await _write(send, b"data: [DONE]\n\n")
         await _write(send, b"", more=False)
+
+
+async def _next(batches: AsyncGenerator[T, None], send: Send) -> T | None:
+    """The next batch, None at the end; until it comes a sign of life every `KEEP_ALIVE_S`."""
+    coming = asyncio.ensure_future(anext(batches, None))
+    try:
+        while not (await asyncio.wait((coming,), timeout=KEEP_ALIVE_S))[0]:
+            await _write(send, KEEP_ALIVE)
+        return coming.result()
+    finally:  # a generator can only be closed once nobody waits for it
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
 
 
 def document(content: dict[str, Any]) -> bytes:

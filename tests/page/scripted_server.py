@@ -7,9 +7,7 @@ keeps every request for the test to look at.
 """
 
 import asyncio
-import contextlib
 import json
-import socket
 import threading
 import time
 from collections import deque
@@ -17,13 +15,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxchat.server.page import page_routes
+from tests.page.app_thread import AppThread
 
 Delta = tuple[str, str]
 """(part, text): `text`, `python` or `python_output`."""
@@ -97,8 +95,8 @@ def _token(text: str, logprob: float | None, top: Sequence[tuple[str, float]]) -
     return {"token": text, "logprob": logprob, "bytes": None, "top_logprobs": others}
 
 
-class ScriptedServer:
-    """Runs in a thread of its own; use as a context manager."""
+class ScriptedServer(AppThread):
+    """The page and what the test scripts."""
 
     def __init__(self) -> None:
         self.reset()
@@ -110,7 +108,7 @@ class ScriptedServer:
             Route("/health", lambda request: JSONResponse({"status": "ok", "ready": True})),
             *page_routes(),
         ]
-        self._app = Starlette(routes=routes)
+        super().__init__(Starlette(routes=routes))
 
     def reset(self) -> None:
         """Forget what other tests asked and scripted."""
@@ -170,28 +168,6 @@ class ScriptedServer:
                 yield piece
         finally:
             self.running -= 1
-
-    # --- running it ------------------------------------------------------------------------------
-
-    def __enter__(self) -> "ScriptedServer":
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self._app, log_level="critical", lifespan="off", ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._run, name="scripted server")
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
-        return self
-
-    def _run(self) -> None:
-        asyncio.run(self._server.serve(sockets=[self._socket]))
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join(10)
-        with contextlib.suppress(OSError):
-            self._socket.close()
 
 
 async def _pieces(path: str, reply: Reply) -> AsyncIterator[bytes]:

@@ -1,4 +1,7 @@
-/** The server's API: what is sent, what comes back, and every way in which it can fail. */
+/**
+ * The server's API: what is sent, what comes back, and every way in which it can fail. All paths of
+ * this page are relative to its address: a proxy may serve it below a path of its own.
+ */
 
 import { readEvents } from "./sse.js";
 
@@ -36,7 +39,7 @@ export const ADVICE = {
  * the settings that the server takes where a request has none.
  */
 export async function listModels(apiKey) {
-  const response = await send("/v1/models", { headers: headers(apiKey) });
+  const response = await send("v1/models", { headers: headers(apiKey) });
   const { data } = await response.json();
   return data.map((model) => ({ id: model.id, stage: stageOf(model.id), defaults: defaultsOf(model) })).sort(byStage);
 }
@@ -111,7 +114,7 @@ export async function* streamAnswer({ model, messages, settings, signal }) {
   throw new ApiError("broken", "The stream ended without its end mark.");
 }
 
-const pathFor = (model) => (continuesText(model) ? "/v1/completions" : "/v1/chat/completions");
+const pathFor = (model) => (continuesText(model) ? "v1/completions" : "v1/chat/completions");
 
 function requestBody(model, messages, settings) {
   const body = {
@@ -167,7 +170,7 @@ async function send(path, options) {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("offline", `Nothing answers at ${location.host}.`);
+    throw new ApiError("offline", `Nothing answers at ${location.host}${location.pathname}.`);
   }
   if (response.ok) return response;
   const { message, code } = await errorOf(response);

@@ -52,7 +52,7 @@ function flush() {
 async function fetchHtml(jobs) {
   let html = [];
   try {
-    const response = await fetch("/page/markdown", {
+    const response = await fetch("page/markdown", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ texts: jobs.map((job) => job.text) }),
