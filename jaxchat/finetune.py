@@ -26,7 +26,7 @@ from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
 from jaxchat.dataloader import NUM_STREAMS
 from jaxchat.finetune_options import FinetuneOptions, Inherited, batch_for, optimizer_of
-from jaxchat.loss_eval import bits_per_byte, one_pass
+from jaxchat.loss_eval import bits_per_byte, conversation_batches
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
 from jaxchat.progress import OnProgress
@@ -291,18 +291,17 @@ def _train_loader(run: _Run, state: Mapping[str, Any] | None) -> ChatLoader:
 
 
 def _validate(run: _Run, device_batch_size: int, on_progress: OnProgress) -> float:
-    """Bits per byte of what the model should say, on the first `eval_tokens` of validation."""
-    rows = device_batch_size * run.backend.devices.count
-    batches = run.options.eval_tokens // (rows * run.sequence_len)
-    with ChatLoader(
+    """Bits per byte of what the model should say in validation, or `eval_tokens` of it."""
+    taken = conversation_batches(
         run.lesson.val,
         run.tokenizer,
-        rows_per_batch=rows,
+        on_progress,
+        tokens=run.options.eval_tokens,
+        rows_per_batch=device_batch_size * run.backend.devices.count,
         sequence_len=run.sequence_len,
         seed=run.options.seed,
-    ) as loader:
-        taken = one_pass(loader, batches, on_progress)
-        return bits_per_byte(run.backend, taken, run.tokenizer.token_bytes)
+    )
+    return bits_per_byte(run.backend, taken, run.tokenizer.token_bytes)
 
 
 def _sample(run: _Run) -> list[tuple[str, str]]:

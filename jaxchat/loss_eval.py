@@ -1,21 +1,29 @@
 """Bits per byte: how well a model compresses text, whatever its tokenizer; and on which text.
 
-A split that is small enough is read whole, every token once; of a larger one the first rows are
-taken that training would pack of it. Left out: conversations (finetune.py reads its own).
+What is held out is read whole where it is small enough, every token once; of more than that come
+the first rows that training would pack of it.
 """
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from jaxchat.backend import IGNORE, Backend
+from jaxchat.chat_loader import ChatLoader
+from jaxchat.chat_packing import Source
 from jaxchat.dataloader import Batch, Encoder, PackedLoader
 from jaxchat.dataset import Corpus
 from jaxchat.progress import OnProgress
+from jaxchat.tasks.base import Task
+from jaxchat.tokenizer import Tokenizer
+
+TYPICAL = 1000
+"""Documents whose mean length tells that all of them are far too many."""
 
 
 class TokenRows(Protocol):
@@ -37,7 +45,11 @@ class HeldOut(Protocol):
     def __next__(self) -> TokenRows: ...
 
 
-def evaluation_batches(
+Rows: TypeAlias = tuple[np.ndarray, ...]
+"""Token ids of rows of any length; ~id where a token is not to be predicted."""
+
+
+def text_batches(
     corpus: Corpus,
     tokenizer: Encoder,
     on_progress: OnProgress,
@@ -47,7 +59,7 @@ def evaluation_batches(
     rows_per_batch: int,
     sequence_len: int,
 ) -> Iterator[TokenRows]:
-    """Batches of about `tokens` tokens to judge a model on, at least one; all of one shape.
+    """Batches of about `tokens` tokens of a split, at least one; all of one shape.
 
     A split that fits into them comes whole, each of its tokens once: packed as for training, a
     small one was read in part, and that several times (of 50 texts a quarter, the longest). Of a
@@ -56,16 +68,49 @@ def evaluation_batches(
     """
     batches = max(1, tokens // (rows_per_batch * sequence_len))
     most = batches * rows_per_batch * sequence_len
-    if rows := _whole_split(corpus, tokenizer, split, sequence_len, most):
-        for start in range(0, len(rows), rows_per_batch):
-            end = start + rows_per_batch
-            yield _padded(rows[start:end], rows_per_batch, sequence_len + 1, tokenizer.bos_id)
-            on_progress(min(1.0, end / len(rows)))
-        return
-    with PackedLoader(
-        corpus, tokenizer, split=split, rows_per_batch=rows_per_batch, sequence_len=sequence_len
-    ) as loader:
-        yield from one_pass(loader, batches, on_progress)
+    return _batches(
+        _whole_split(corpus, tokenizer, split, sequence_len, most),
+        lambda: PackedLoader(
+            corpus, tokenizer, split=split, rows_per_batch=rows_per_batch, sequence_len=sequence_len
+        ),
+        on_progress,
+        batches=batches,
+        shape=(rows_per_batch, sequence_len),
+        filler=tokenizer.bos_id,
+    )
+
+
+def conversation_batches(
+    conversations: Task,
+    tokenizer: Tokenizer,
+    on_progress: OnProgress,
+    *,
+    tokens: int,
+    rows_per_batch: int,
+    sequence_len: int,
+    seed: int,
+) -> Iterator[TokenRows]:
+    """The same of conversations, of which only what the model should say counts.
+
+    What is longer than a row ends with it, as in training. `seed`: of the order of more
+    conversations than fit.
+    """
+    batches = max(1, tokens // (rows_per_batch * sequence_len))
+    most = batches * rows_per_batch * sequence_len
+    return _batches(
+        _all_conversations(conversations, tokenizer, sequence_len, most),
+        lambda: ChatLoader(
+            conversations,
+            tokenizer,
+            rows_per_batch=rows_per_batch,
+            sequence_len=sequence_len,
+            seed=seed,
+        ),
+        on_progress,
+        batches=batches,
+        shape=(rows_per_batch, sequence_len),
+        filler=tokenizer.bos_id,
+    )
 
 
 def full_rows(pieces: Iterable[np.ndarray], length: int) -> list[np.ndarray]:
@@ -115,33 +160,91 @@ def bits_per_byte(backend: Backend, batches: Iterable[TokenRows], token_bytes: n
     return nats / (math.log(2) * counted_bytes)
 
 
+def _batches(
+    whole: Rows | None,
+    open_loader: Callable[[], AbstractContextManager[HeldOut]],
+    on_progress: OnProgress,
+    *,
+    batches: int,
+    shape: tuple[int, int],
+    filler: int,
+) -> Iterator[TokenRows]:
+    """All rows, where it is known that they are few enough, or what a loader begins with."""
+    if not whole:
+        with open_loader() as loader:
+            yield from one_pass(loader, batches, on_progress)
+        return
+    count, length = shape
+    for start in range(0, len(whole), count):
+        yield _padded(whole[start : start + count], count, length + 1, filler)
+        on_progress(min(1.0, (start + count) / len(whole)))
+
+
 @lru_cache(maxsize=2)
 def _whole_split(
     corpus: Corpus, tokenizer: Encoder, split: str, sequence_len: int, most: int
-) -> tuple[np.ndarray, ...] | None:
+) -> Rows | None:
     """Rows of a split's documents, a bos before each part; None of more than `most` tokens.
 
-    Remembered, because to learn that a split is larger costs encoding `most` tokens of it, and a
-    run validates again and again.
+    Remembered, as all the following is, because a run validates again and again.
     """
     bos = np.array([tokenizer.bos_id], np.int32)
+
+    def documents() -> Iterator[list[np.ndarray]]:
+        for shard, group, _ in corpus.groups(split):
+            for ids in tokenizer.encode_batch(corpus.read_group(split, shard, group)):
+                starts = range(0, max(1, len(ids)), sequence_len)
+                parts = (ids[start : start + sequence_len] for start in starts)
+                yield [np.concatenate([bos, part.astype(np.int32)]) for part in parts]
+
+    count = sum(count for _, _, count in corpus.groups(split))
+    return _rows_of_all(documents(), count, sequence_len + 1, most)
+
+
+@lru_cache(maxsize=2)
+def _all_conversations(
+    conversations: Task, tokenizer: Tokenizer, sequence_len: int, most: int
+) -> Rows | None:
+    """Rows of conversations; None of more than `most` tokens."""
+    source = Source(conversations, tokenizer, sequence_len + 1, 0)
+    malformed: list[tuple[int, ValueError]] = []
+
+    def documents() -> Iterator[list[np.ndarray]]:
+        for index in range(len(conversations)):
+            try:
+                rendered = source.read(index)
+            except ValueError as error:
+                malformed.append((index, error))
+                rendered = None
+            yield [] if rendered is None else [np.where(rendered.mask, rendered.ids, ~rendered.ids)]
+
+    rows = _rows_of_all(documents(), len(conversations), sequence_len + 1, most)
+    for index, error in malformed if rows else ():  # of more of them the loader will tell
+        source.warn(index, error)
+    return rows
+
+
+def _rows_of_all(
+    documents: Iterable[list[np.ndarray]], count: int, length: int, most: int
+) -> Rows | None:
+    """`count` documents, each in pieces, as rows; None as soon as they are too many tokens.
+
+    That is, when the first ones have more than `most`, or are so long that all have twice that.
+    """
     pieces: list[np.ndarray] = []
     tokens = 0
-    for shard, group, _ in corpus.groups(split):
-        for ids in tokenizer.encode_batch(corpus.read_group(split, shard, group)):
-            for start in range(0, max(1, len(ids)), sequence_len):
-                part = ids[start : start + sequence_len].astype(np.int32)
-                pieces.append(np.concatenate([bos, part]))
-                tokens += len(pieces[-1])
-        if tokens > most:
+    for number, document in enumerate(documents, start=1):
+        pieces += document
+        tokens += sum(map(len, document))
+        if tokens > most or (number >= TYPICAL and tokens / number * count > 2 * most):
             return None
-    return tuple(full_rows(pieces, sequence_len + 1))
+    return tuple(full_rows(pieces, length))
 
 
-def _padded(rows: Sequence[np.ndarray], count: int, length: int, filler: int) -> Batch:
+def _padded(rows: Rows, count: int, length: int, filler: int) -> Batch:
     """`count` rows of `length` tokens: behind the given ones is what does not count."""
-    ids = np.full((count, length), filler, np.int32)
-    targets = np.full((count, length), IGNORE, np.int32)
+    padded = np.full((count, length), ~filler, np.int32)
     for number, row in enumerate(rows):
-        ids[number, : len(row)] = targets[number, : len(row)] = row
+        padded[number, : len(row)] = row
+    ids, targets = np.maximum(padded, ~padded), np.maximum(padded, IGNORE)
     return Batch(ids[:, :-1].copy(), targets[:, 1:].copy())

@@ -14,7 +14,7 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
-from jaxchat.loss_eval import bits_per_byte, evaluation_batches
+from jaxchat.loss_eval import bits_per_byte, text_batches
 from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table, model_facts
 from jaxchat.request import Request
@@ -114,7 +114,7 @@ def describe(config: Config, model: LoadedModel, corpus: Corpus) -> str:
 def score(config: Config, model: LoadedModel, corpus: Corpus, split: str) -> float:
     """Bits per byte of a split, or of `split_tokens` of it, in rows as long as in training."""
     with progress_bar(f"scoring {split}") as on_progress:
-        taken = evaluation_batches(
+        taken = text_batches(
             corpus,
             model.tokenizer,
             on_progress,

@@ -29,7 +29,7 @@ from jaxchat.config import (
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
-from jaxchat.loss_eval import bits_per_byte, evaluation_batches
+from jaxchat.loss_eval import bits_per_byte, text_batches
 from jaxchat.memory import Savings, savings_of
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan, micro_batches, plan_training
@@ -323,7 +323,7 @@ def validate(
     on_progress: OnProgress,
 ) -> float:
     """Bits per byte of the present weights on the validation split, or `eval_tokens` of it."""
-    taken = evaluation_batches(
+    taken = text_batches(
         corpus,
         tokenizer,
         on_progress,

@@ -10,13 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchat import loss_eval
-from jaxchat.backend import Scores
+from jaxchat.backend import IGNORE, Scores
+from jaxchat.chat_loader import ChatLoader
+from jaxchat.conversation import render
 from jaxchat.dataloader import Batch, PackedLoader
 from jaxchat.dataset import Corpus, open_corpus
-from jaxchat.loss_eval import bits_per_byte, evaluation_batches, full_rows, one_pass
+from jaxchat.loss_eval import (
+    bits_per_byte,
+    conversation_batches,
+    full_rows,
+    one_pass,
+    text_batches,
+)
 from jaxchat.stages import LoadedModel
 from scripts import base_loss
 from tests.byte_tokenizer import ByteTokenizer
+from tests.test_chat_loader import TOKENIZER, Given, contents, conversations_of, exchange
 
 TOKEN_BYTES = np.array([1, 2, 3, 0], np.int32)  # the last is a special token
 NLL = np.array([[0.5, 1.0, 1.5, 2.0]], np.float32)
@@ -100,7 +109,7 @@ def judged(corpus, *, tokens, rows=8, length=16, tokenizer=None, heard=()):
     """All batches, checked for their shape."""
     on_progress = heard.append if isinstance(heard, list) else lambda share: None
     batches = list(
-        evaluation_batches(
+        text_batches(
             corpus,
             tokenizer or ByteTokenizer(),
             on_progress,
@@ -186,6 +195,70 @@ def test_that_a_split_is_larger_is_learnt_once():
     for _ in range(2):
         assert loss_eval._whole_split(corpus, tokenizer, "val", 16, 50) is None
         assert corpus.reads == 3
+
+
+def test_a_split_that_must_be_larger_is_not_encoded_to_where_it_gets_too_large():
+    """On a hub set that took 15 seconds of a run of minutes."""
+    corpus = ListCorpus(*[["text"] * 1000] * 20)
+    assert loss_eval._whole_split(corpus, ByteTokenizer(), "val", 16, 49_000) is None
+    assert corpus.reads == 1  # 5,000 of the 100,000 tokens
+    assert loss_eval._whole_split(corpus, ByteTokenizer(), "val", 16, 51_000) is None
+    assert corpus.reads == 1 + 11
+    assert loss_eval._whole_split(corpus, ByteTokenizer(), "val", 16, 100_000)
+
+
+def told(task, *, tokens, rows=4, length=100, heard=()):
+    """Batches of conversations, all of one shape."""
+    on_progress = heard.append if isinstance(heard, list) else lambda share: None
+    batches = list(
+        conversation_batches(
+            task,
+            TOKENIZER,
+            on_progress,
+            tokens=tokens,
+            rows_per_batch=rows,
+            sequence_len=length,
+            seed=3,
+        )
+    )
+    assert all(ids.shape == (rows, length) for batch in batches for ids in batch[:2])
+    return batches
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
+def test_few_conversations_are_judged_whole_and_once_each(sizes, rows):
+    """Packed as for training, the first ones came again before the last ones came at all."""
+    heard = []
+    task = conversations_of(sizes)
+    batches = told(task, tokens=10**6, rows=rows, heard=heard)
+    rendered = [render(TOKENIZER, conversation) for conversation in task]
+    taught = [(ids[:101], mask[:101]) for ids, mask in rendered if any(mask[:101])]
+    assert Counter(contents(batches)) == Counter(tuple(ids) for ids, _ in taught)
+    counted = [batch.targets[batch.targets != IGNORE] for batch in batches]
+    expected = [i for ids, mask in taught for i, m in zip(ids, mask, strict=True) if m]
+    assert sorted(np.concatenate(counted)) == sorted(expected)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
+
+
+def test_of_more_conversations_come_the_first_rows_of_trainings_packing():
+    task = conversations_of([(20, 30)] * 40)
+    found = told(task, tokens=1000, rows=8)
+    with ChatLoader(task, TOKENIZER, rows_per_batch=8, sequence_len=100, seed=3) as loader:
+        expected = list(one_pass(loader, 1, lambda share: None))
+    np.testing.assert_array_equal([b[:2] for b in found], [b[:2] for b in expected])
+
+
+def test_conversations_that_are_none_are_named_and_left_out(capsys):
+    task = Given([exchange("q", "a"), {"messages": "nonsense"}, exchange("r", "b")])
+    assert len(contents(told(task, tokens=10**6))) == 2
+    assert "is left out: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing to learn within"):
+        told(Given([{"messages": "nonsense"}]), tokens=10**6)
 
 
 @given(st.lists(st.integers(1, 20), max_size=40))
