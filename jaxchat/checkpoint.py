@@ -35,6 +35,9 @@ DAMAGED = ".damaged"
 REPLACED = "replaced-"
 """How the folders begin that hold earlier runs of the same name, inside the run's own."""
 
+WHY = {"corpus": " (files of it were added, removed or changed)"}
+"""What a fact that differs means, where its value is only a fingerprint."""
+
 
 def fresh_start() -> dict[str, Any]:
     """The meta of a run that has not begun; `run` tells it from every other run."""
@@ -147,7 +150,7 @@ class CheckpointStore:
         # through JSON, because that is how the checkpoint's own facts have travelled
         wanted = json.loads(json.dumps(facts))
         differing = [
-            f"{name}: {_difference(meta.get(name), value)}"
+            f"{name}: {_difference(meta.get(name), value)}{WHY.get(name, '')}"
             for name, value in wanted.items()
             if meta.get(name) != value
         ]

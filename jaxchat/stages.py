@@ -148,11 +148,8 @@ def find_output(
     Errors of `find_checkpoint`, and ValueError for a name that is no plain one and for the model's
     own place: continued there, a run would take its own result for what it began with.
     """
-    if output_tag is not None and not re.fullmatch(r"[^./-][^/]*", output_tag):
-        raise ValueError(
-            f"--output-tag {output_tag!r}: give the name of one folder, which does not begin with "
-            "a dot or a dash"
-        )
+    if output_tag is not None:
+        check_new_tag("--output-tag", output_tag)
     found = find_source(stage, source, model_tag, step, output_tag)
     output = stage_directory(stage, output_tag or found.tag)
     if output.exists() and output.samefile(found.store.directory):
@@ -161,6 +158,18 @@ def find_output(
             "made: name it with --output-tag"
         )
     return output
+
+
+def check_new_tag(flag: str, tag: str) -> None:
+    """ValueError, naming the flag, for what cannot be the name of a model that is to be made.
+
+    Below another folder it would be listed nowhere.
+    """
+    if not re.fullmatch(r"[^./-][^/]*", tag):
+        raise ValueError(
+            f"{flag} {tag!r}: give the name of one folder, which does not begin with a dot or a "
+            "dash"
+        )
 
 
 def recorded(store: CheckpointStore, backend: Backend, fact: str, *, resume: Resume) -> Any:

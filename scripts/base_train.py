@@ -38,7 +38,7 @@ from jaxchat.report import Report
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import Resume, how_to_talk, stage_directory
+from jaxchat.stages import Resume, check_new_tag, how_to_talk, stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
 from jaxchat.training_report import training_parts
@@ -136,6 +136,7 @@ class Config:
     """Write TensorBoard events beside the checkpoints."""
 
     def __post_init__(self) -> None:
+        check_new_tag("--model-tag", self.tag)
         self.savings()
 
     def savings(self) -> Savings:

@@ -24,7 +24,7 @@ from jaxchat.backend import DEFAULT_BACKEND, BackendName, backend_class
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.foreign_tokenizer import PICKLE_FILE, read_pickled_tokenizer, read_tokenizer_json
-from jaxchat.stages import STAGE_FOLDERS, StageName, how_to_talk, stage_directory
+from jaxchat.stages import STAGE_FOLDERS, StageName, check_new_tag, how_to_talk, stage_directory
 from jaxchat.tensor_files import read_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
 
@@ -67,6 +67,8 @@ def main(config: Config) -> None:
     """Read and check everything, then write."""
     if not config.path.is_dir():
         raise FileNotFoundError(f"{config.path} is not a folder")
+    if config.model_tag is not None:
+        check_new_tag("--model-tag", config.model_tag)
     model = read_nanochat(config) if config.source == "nanochat" else read_hugging_face(config)
     if model.tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(

@@ -122,6 +122,8 @@ def test_restore_refuses_another_run_and_says_what_differs(tmp_path):
     store = saved(tmp_path)
     with pytest.raises(ValueError, match=r"plan: lr 0.02, now 0.04"):
         store.restore(FileBackend(), {"plan": {"lr": 0.04}})
+    with pytest.raises(ValueError, match=r"corpus: None, now f \(files of it were added, removed"):
+        store.restore(FileBackend(), {"corpus": "f"})
 
 
 def test_none_readable_ends_the_run_instead_of_beginning_anew(tmp_path, capsys):

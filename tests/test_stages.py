@@ -20,6 +20,7 @@ from jaxchat.stages import (
     tag_of,
 )
 from jaxchat.tokenizer import Tokenizer
+from scripts import base_train
 
 OURSELVES = SimpleNamespace(gather=lambda value: [value])
 """A backend of one process."""
@@ -76,6 +77,9 @@ def test_the_name_of_a_result_is_one_folder(base_dir, name):
     trained("d4")
     with pytest.raises(ValueError, match=r"--output-tag '.*': give the name of one folder"):
         find_output("base", "base", "d4", None, name)
+    if name:  # an empty one asks for the default
+        with pytest.raises(ValueError, match=r"--model-tag '.*': give the name of one folder"):
+            base_train.Config(model_tag=name)
 
 
 def test_a_link_to_the_models_own_place_is_its_own_place(base_dir):
