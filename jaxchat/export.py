@@ -21,6 +21,7 @@ from jaxchat.conversation import SYSTEM_SEPARATOR
 from jaxchat.convert import CLASSIC_TYPE, to_hugging_face
 from jaxchat.report import Section, Subject, subject_of
 from jaxchat.report_page import escape
+from jaxchat.sampling_params import CHAT_TEMPERATURE, CHAT_TOP_K, SamplingParams
 from jaxchat.stages import LoadedModel
 from jaxchat.tensor_files import WEIGHTS_FILE, write_safetensors
 from jaxchat.tokenizer import HUGGING_FACE_FILE, Tokenizer
@@ -72,20 +73,35 @@ def export_hugging_face(
     """Write `model` to `directory`, which must not exist or be empty.
 
     `name` heads the model card, `source` is the model's stage, and `sections` of the report are the
-    results that the card shows.
+    results that the card shows. Errors of `make_way`.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} is there already and not an empty folder: choose another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_way(directory)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         _write(model, staging, name, source, sections)
         staging.chmod(0o755)  # mkdtemp's folders are private
-        if directory.exists():
-            directory.rmdir()
         staging.rename(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_way(directory: Path) -> None:
+    """Leave nothing where an export is to be; to be asked before slow work, too.
+
+    ValueError for what is no empty folder, or one that cannot be removed, such as `.` or a link.
+    """
+    if directory.exists() or directory.is_symlink():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise ValueError(
+                f"{directory} is there already and not an empty folder: choose another"
+            )
+        try:
+            directory.rmdir()
+        except OSError as error:
+            raise ValueError(
+                f"{directory} cannot be replaced ({error.strerror}): choose a folder in it"
+            ) from None
+    directory.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _write(
@@ -123,7 +139,12 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The defaults of the terminal chat; a text ends at either of two tokens, as in the Engine."""
     ids = _special_ids(tokenizer)
     ends = [ids["eos_token_id"], tokenizer.bos_id]
-    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 256}
+    sampling = {
+        "do_sample": True,
+        "temperature": CHAT_TEMPERATURE,
+        "top_k": CHAT_TOP_K,
+        "max_new_tokens": SamplingParams.max_tokens,
+    }
     return ids | {"eos_token_id": ends} | sampling
 
 

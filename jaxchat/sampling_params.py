@@ -3,6 +3,12 @@
 import math
 from dataclasses import dataclass
 
+CHAT_TEMPERATURE, TEXT_TEMPERATURE = 0.6, 0.8
+"""How freely a chat model replies, and how freely a base model continues a text, as upstream's."""
+
+CHAT_TOP_K = 50
+"""Tokens that both choose from."""
+
 MAX_TOP_LOGPROBS = 20
 """Most alternatives reported beside a token, as in OpenAI's API."""
 

@@ -18,7 +18,7 @@ from jaxchat.loss_eval import bits_per_byte, text_batches
 from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table, model_facts
 from jaxchat.request import Request
-from jaxchat.sampling_params import SamplingParams
+from jaxchat.sampling_params import CHAT_TOP_K, TEXT_TEMPERATURE, SamplingParams
 from jaxchat.stages import LoadedModel, StageName, load_model
 
 PROMPTS = (
@@ -67,7 +67,8 @@ def main(config: Config) -> None:
     console.print(describe(config, model, corpus))
     scores = {split: score(config, model, corpus, split) for split in ("train", "val")}
     greedy = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.0))
-    drawn = complete(model, SamplingParams(max_tokens=config.max_tokens, temperature=0.8, top_k=50))
+    params = SamplingParams(config.max_tokens, temperature=TEXT_TEMPERATURE, top_k=CHAT_TOP_K)
+    drawn = complete(model, params)
     for prompt, text in greedy:
         console.print(f"{prompt!r} -> {text!r}")
     for split, value in scores.items():
@@ -79,7 +80,7 @@ def main(config: Config) -> None:
         [
             Table(["split", "bits per byte"], list(scores.items()), facts),
             Samples(greedy, "Greedy"),
-            Samples(drawn, "Temperature 0.8, top-k 50"),
+            Samples(drawn, f"Temperature {params.temperature}, top-k {params.top_k}"),
             model_facts(config.source, model.tag, model.meta),
         ],
         wall_seconds=time.monotonic() - started,

@@ -20,7 +20,12 @@ from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.conversation import check_conversation, render_for_completion
 from jaxchat.engine import Engine
 from jaxchat.request import LEAD, Completion, Request
-from jaxchat.sampling_params import SamplingParams
+from jaxchat.sampling_params import (
+    CHAT_TEMPERATURE,
+    CHAT_TOP_K,
+    TEXT_TEMPERATURE,
+    SamplingParams,
+)
 from jaxchat.stages import StageName, load_model
 from jaxchat.tokenizer import Tokenizer
 
@@ -30,6 +35,7 @@ with contextlib.suppress(ImportError):  # not on Windows; importing it gives `in
 HELP = """\
 /temperature 0.6   how freely to choose: 0 always takes the most likely token
 /topk 50           how many tokens to choose from: 0 for all
+/seed 1            another number, other replies
 /clear             forget the conversation
 /help              this list
 Ctrl-C stops a reply, Ctrl-D leaves."""
@@ -51,9 +57,9 @@ class Config:
     """Checkpoint of that model; the newest when not set."""
     temperature: Annotated[float | None, cli.arg(aliases=["-t"])] = None
     """How freely to choose; 0 takes the likeliest token. 0.6 when not set, 0.8 for a base model."""
-    top_k: Annotated[int, cli.arg(aliases=["-k"])] = 50
+    top_k: Annotated[int, cli.arg(aliases=["-k"])] = CHAT_TOP_K
     """How many tokens to choose from: 0 for all."""
-    max_tokens: int = 256
+    max_tokens: int = SamplingParams.max_tokens
     """Longest reply, in tokens."""
     seed: int = 0
     """The same seed, model and words give the same reply."""
@@ -65,7 +71,7 @@ class Config:
 
     def sampling(self) -> SamplingParams:
         """ValueError, naming it, for a value out of range."""
-        default = 0.8 if self.source == "base" else 0.6
+        default = TEXT_TEMPERATURE if self.source == "base" else CHAT_TEMPERATURE
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=default if self.temperature is None else self.temperature,
@@ -181,6 +187,9 @@ class Session:
             case "/topk":
                 self.params = replace(self.params, top_k=_number(int, name, value))
                 return f"top-k {self.params.top_k}"
+            case "/seed":
+                self.params = replace(self.params, seed=_number(int, name, value))
+                return f"seed {self.params.seed}"
             case "/clear":
                 self.messages = []
                 return "The conversation is forgotten."

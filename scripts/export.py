@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
-from jaxchat.export import export_hugging_face, sections_of
+from jaxchat.export import export_hugging_face, make_way, sections_of
 from jaxchat.report import Report, Subject
 from jaxchat.stages import StageName, load_model
 
@@ -40,6 +40,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Load, write, and say where."""
+    make_way(config.output)
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )

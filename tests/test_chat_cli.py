@@ -158,10 +158,10 @@ def read_until(terminal, text):
 
 def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, capsys):
     mistakes = "/topk many", "/topk 99999999999", "/temperature -1", "/nothing"
-    typed(monkeypatch, "/temperature 1.5", "/topk 7", *mistakes)
+    typed(monkeypatch, "/temperature 1.5", "/topk 7", "/seed 3", *mistakes)
     chat = session(script("ok"))
     chat_cli.converse(chat)
-    assert (chat.params.temperature, chat.params.top_k) == (1.5, 7)
+    assert (chat.params.temperature, chat.params.top_k, chat.params.seed) == (1.5, 7, 3)
     out = capsys.readouterr().out
     assert "error: /topk wants a number, as in /topk 1; got 'many'" in out
     assert "out of range: top_k=99999999999" in out

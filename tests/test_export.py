@@ -103,6 +103,17 @@ def test_nothing_that_is_there_is_overwritten(saved, tmp_path):
     assert (folder / "config.json").stat().st_mtime_ns == before
 
 
+def test_a_folder_that_cannot_be_replaced_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    """It was told after everything had been written."""
+    monkeypatch.setattr(export_script, "load_model", None)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    for folder in (Path("."), tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"cannot be replaced .*: choose a folder in it"):
+            run(folder)
+
+
 def test_a_failed_export_leaves_nothing(saved, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("the disk is full")

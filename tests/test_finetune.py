@@ -22,6 +22,7 @@ from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
 from jaxchat.finetune import Lesson, finetune
 from jaxchat.finetune_options import FinetuneOptions, Inherited, batch_for, optimizer_of
+from jaxchat.loss_eval import conversation_batches
 from jaxchat.memory import Savings
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan
@@ -334,11 +335,14 @@ def test_a_warm_start_takes_over_the_optimizer(backend):
 
 def test_a_pass_is_its_rows_and_the_held_out_examples_are_validation(backend, monkeypatch):
     read = []
-    monkeypatch.setattr(
-        stage_module,
-        "ChatLoader",
-        lambda task, *rest, **options: read.append(task) or ChatLoader(task, *rest, **options),
-    )
+    for reader in (ChatLoader, conversation_batches):
+        monkeypatch.setattr(
+            stage_module,
+            reader.__name__,
+            lambda task, *rest, _read=reader, **options: (
+                read.append(task) or _read(task, *rest, **options)
+            ),
+        )
     store = teach(backend, num_iterations=None, epochs=0.5, eval_every=99)
     mixture = TaskMixture([Arithmetic("train", 60), CustomJSON(IDENTITY)], name="a mixture")
     rows = rows_per_epoch(mixture, TOKENIZER, sequence_len=LENGTH)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from jaxchat.sampling_params import CHAT_TEMPERATURE, CHAT_TOP_K
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Names of this machine. A page of another site that resolves its own name to us is refused."""
 
@@ -12,9 +14,9 @@ class ServerSettings:
 
     model_name: str
     """The model's id in `/v1/models`."""
-    temperature: float = 0.6
+    temperature: float = CHAT_TEMPERATURE
     """Of chat requests that name none; plain completions take 1, as OpenAI's API does."""
-    top_k: int = 50
+    top_k: int = CHAT_TOP_K
     """Likewise; plain completions keep all."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Accepted bearer tokens; none means that nobody is asked for one."""
