@@ -10,6 +10,7 @@ from there on, and the samples of one prompt share one prefill.
 Left out: threads, queues with limits and time-outs (the server), text of prompts (conversation.py).
 """
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 
@@ -31,6 +32,9 @@ SLOTS = 8
 WORTH_COPYING = 32
 """Tokens of a prompt that another row holds, from which on they are copied and not read."""
 
+PREFILL_TOKENS = 512
+"""Tokens of prompts that a server reads between two dispatches of replies under way."""
+
 TOKENS_PER_DISPATCH = 16
 """Tokens per row between two looks of the host: at d6 on a CPU, 60-130 ms."""
 
@@ -46,9 +50,13 @@ class Engine:
         slots: int = SLOTS,
         max_length: int | None = None,
         tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+        prefill_tokens: int | None = None,
         batch_invariant: bool = False,
     ) -> None:
         """`max_length`: tokens a prompt and its reply may have; the model's context when None.
+
+        `prefill_tokens`: of prompts, after which replies under way get their next dispatch. None
+        reads all prompts first: the whole is done earliest, but replies pause meanwhile.
 
         `batch_invariant`: a reply is the same whatever else the engine does or has done, in half
         precision too. Costs time: every step looks at whole rows, no prompt is reused, and a slot
@@ -56,10 +64,13 @@ class Engine:
         """
         context = backend.config.sequence_len
         self.max_length = context if max_length is None else max_length
-        if slots < 1 or tokens_per_dispatch < 1 or not 1 <= self.max_length <= context:
+        self.prefill_tokens = math.inf if prefill_tokens is None else prefill_tokens
+        least = min(slots, tokens_per_dispatch, self.prefill_tokens)
+        if least < 1 or not 1 <= self.max_length <= context:
             raise ValueError(
-                f"slots={slots} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1, "
-                f"max_length={self.max_length} between 1 and the model's context of {context}"
+                f"slots={slots}, tokens_per_dispatch={tokens_per_dispatch} and prefill_tokens="
+                f"{prefill_tokens} must be at least 1, max_length={self.max_length} between 1 and "
+                f"the model's context of {context}"
             )
         self.backend, self.tokenizer, self.slots = backend, tokenizer, slots
         self.tokens_per_dispatch, self.batch_invariant = tokens_per_dispatch, batch_invariant
@@ -72,6 +83,8 @@ class Engine:
         """The slots that a step works for just now: one that it reads or decodes, or all."""
         self._decoding = False
         """Whether it decodes them."""
+        self._prefilled = 0
+        """Tokens of prompts read since the last dispatch."""
         self._suspects: list[Slot] = []
         """Slots of which one made a step fail that decoded all: each is decoded alone once."""
         self._events: list[Event] = []
@@ -114,20 +127,21 @@ class Engine:
         return bool(self._events or self._waiting or any(slot.sample for slot in self._slots))
 
     def step(self) -> list[Event]:
-        """Read what is to be read, or else decode once; returns what came of it.
+        """Read one prompt, or else decode once; returns what came of it.
 
-        First tokens are returned before anything is decoded: nobody waits for a dispatch to see
-        the beginning of a reply.
+        A first token is returned as soon as its prompt has been read: nobody waits for other
+        prompts or a dispatch to see the beginning of a reply.
         """
         self._at_work, self._decoding = self._slots, False
         self._admit()
-        for slot in self._slots:
-            if slot.sample is not None and (len(slot.pending) > 1 or not slot.started):
-                self._at_work = (slot,)
-                self._prefill(slot)
-        if not self._events:
+        slot = self._next_to_read()
+        if slot is not None:
+            self._at_work = (slot,)
+            self._prefill(slot)
+        else:
             self._at_work, self._decoding = self._next_to_decode(), True
             self._decode()
+            self._prefilled = 0
         events, self._events = self._events, []
         return events
 
@@ -282,6 +296,7 @@ class Engine:
     def _read(self, slot: Slot) -> np.ndarray:
         ids = np.array(slot.pending, np.int32)
         self._cache, logits = self.backend.prefill(self._cache, slot.index, ids, len(slot.held))
+        self._prefilled += len(ids)
         slot.held += slot.pending
         return logits
 
@@ -308,13 +323,21 @@ class Engine:
         lengths = {s: common_prefix(s.held, prompt.ids) for s in (slot, *others)}
         return max(lengths.items(), key=lambda found: found[1])
 
+    def _next_to_read(self) -> Slot | None:
+        """The slot that has waited longest to be read; None where it is the others' turn."""
+        unread = [slot for slot in self._slots if slot.unread]
+        others_turn = self._prefilled >= self.prefill_tokens and not self._suspects
+        if others_turn and any(slot.ready for slot in self._slots):
+            return None
+        return min(unread, key=lambda slot: slot.used, default=None)
+
     def _next_to_decode(self) -> Sequence[Slot]:
-        """All slots, or one that is suspected of having made them fail."""
+        """All that are ready, or one that is suspected of having made them fail."""
         while self._suspects:
             slot = self._suspects.pop(0)
-            if slot.sample is not None:
+            if slot.ready:
                 return (slot,)
-        return self._slots
+        return [slot for slot in self._slots if slot.ready]
 
     def _decode(self) -> None:
         budgets = [

@@ -50,6 +50,16 @@ class Slot:
     used: int = 0
     """When the slot was last taken, in admissions."""
 
+    @property
+    def unread(self) -> bool:
+        """Whether the row lacks more of the sample's ids than the one that decoding reads."""
+        return self.sample is not None and (len(self.pending) > 1 or not self.started)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the sample's next token can be decoded."""
+        return self.sample is not None and not self.unread
+
     def start(self, sample: Sample) -> None:
         """Take a sample in, keeping what the row holds of its prompt.
 

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.checkpoint import CheckpointStore
-from jaxchat.engine import SLOTS, Engine
+from jaxchat.engine import PREFILL_TOKENS, SLOTS, Engine
 from jaxchat.server import serve
 from jaxchat.server.app import create_app
 from jaxchat.server.settings import LOOPBACK, ServerSettings
@@ -133,6 +133,7 @@ def load_engines(config: Config, stage: str, tag: str) -> list[Engine]:
                 model.tokenizer,
                 slots=config.slots,
                 max_length=config.max_length,
+                prefill_tokens=PREFILL_TOKENS,
                 batch_invariant=config.batch_invariant,
             )
         )

@@ -1,5 +1,6 @@
 """The engine on both backends: neighbours, failures, warm-up, log-probabilities, edges."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -90,7 +91,8 @@ def one_torch_thread():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_batch_invariant_engine_gives_the_same_bits(name, dtype):
-    """Beside 15 others, some of which end in between, in another slot, and after other prompts."""
+    """Beside 15 others, some of which end in between, in another slot, and after and between other
+    prompts."""
     one_backend = perturbed(name, dtype, context=512)  # two buckets of the cache
     rng = np.random.default_rng(1)
     requests = [
@@ -117,6 +119,7 @@ def test_a_batch_invariant_engine_gives_the_same_bits(name, dtype):
     one = engine()
     beside, turned = one.complete(requests), one.complete(requests[::-1])[::-1]
     one.complete([replace(request, ids=[*request.ids, *range(60)]) for request in requests])
+    one.prefill_tokens = 1  # a prompt, a dispatch of what is under way, a prompt ...
     after = one.complete(requests)
     assert {reply.finish_reason for reply in beside} == {"stop", "length"}
     assert one.reused_tokens == 0
@@ -242,10 +245,12 @@ def test_a_step_that_fails_once_costs_nobody_anything(name, monkeypatch):
     assert "error" not in ends.values()
 
 
-def test_only_the_request_that_makes_decoding_fail_ends(monkeypatch):
+@pytest.mark.parametrize("limit", [math.inf, 1])
+def test_only_the_request_that_makes_decoding_fail_ends(monkeypatch, limit):
     requests = mixed_requests(4)
     expected = [engine(slots=4).complete([request])[0].ids for request in requests]
     one, failed = engine(slots=4), []
+    one.prefill_tokens = limit
     numbers = [one.submit(request) for request in requests]
     decode, guilty = one.backend.decode, requests[2].params
 
