@@ -23,14 +23,11 @@ from jaxchat.progress import OnProgress, unheard
 from jaxchat.reply import Reply
 from jaxchat.request import Alternatives, Completion, Event, Request
 from jaxchat.sampling_params import SamplingParams
-from jaxchat.slots import Prompt, Sample, Slot, common_prefix
+from jaxchat.slots import WORTH_COPYING, Prompt, Sample, Slot, common_prefix
 from jaxchat.tokenizer import Tokenizer
 
 SLOTS = 8
 """Rows of the cache, unless told otherwise."""
-
-WORTH_COPYING = 32
-"""Tokens of a prompt that another row holds, from which on they are copied and not read."""
 
 PREFILL_TOKENS = 512
 """Tokens of prompts that a server reads between two dispatches of replies under way."""
@@ -59,8 +56,9 @@ class Engine:
         reads all prompts first: the whole is done earliest, but replies pause meanwhile.
 
         `batch_invariant`: a reply is the same whatever else the engine does or has done, in half
-        precision too. Costs time: every step looks at whole rows, no prompt is reused, and a slot
-        whose reply has ended waits for its dispatch to end.
+        precision too (on torch in float32 the tokens are, not the last bits of log-probabilities).
+        Costs time: every step looks at whole rows, no prompt of another request is reused, and a
+        slot whose reply has ended waits for its dispatch to end.
         """
         context = backend.config.sequence_len
         self.max_length = context if max_length is None else max_length
@@ -320,8 +318,13 @@ class Engine:
         others = self._slots
         if self.batch_invariant:  # what another request reads is rounded in other places
             others = [s for s in others if s.sample is not None and s.sample.prompt is prompt]
-        lengths = {s: common_prefix(s.held, prompt.ids) for s in (slot, *others)}
-        return max(lengths.items(), key=lambda found: found[1])
+        longest, shared = slot, common_prefix(slot.held, prompt.ids)
+        for other in others:
+            next_id = prompt.ids[shared : shared + 1]
+            if next_id and other.held[shared : shared + 1] == next_id:  # else it has no more
+                found = common_prefix(other.held, prompt.ids)
+                longest, shared = (other, found) if found > shared else (longest, shared)
+        return longest, shared
 
     def _next_to_read(self) -> Slot | None:
         """The slot that has waited longest to be read; None where it is the others' turn."""

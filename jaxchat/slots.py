@@ -1,12 +1,14 @@
 """The engine's bookkeeping: prompts, the samples drawn from them, and the slots they sit in."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jaxchat.reply import Reply
 from jaxchat.request import Request
+
+WORTH_COPYING = 32
+"""Tokens of a prompt that another row holds, from which on they are copied and not read."""
 
 
 @dataclass
@@ -72,20 +74,29 @@ class Slot:
         self.held, self.pending = ids[:kept], ids[kept:]
         self.sample, self.started = sample, False
 
-    def worth(self, ids: Sequence[int]) -> int:
+    def worth(self, ids: list[int]) -> int:
         """Tokens of a prompt that the row holds, where it goes on or goes back; 0 otherwise.
 
-        Every conversation begins like every other one: what two of them share is no reason to lose
-        the rest of the first.
+        Conversations begin alike, with an instruction of any length. That is no reason to lose the
+        rest of one: another row can get a copy of the beginning. A prompt that is a beginning asks
+        for its reply anew, and may replace one as long as itself.
         """
         shared = common_prefix(self.held, ids)
-        goes_on, goes_back = 2 * shared >= len(self.held), shared >= len(ids) - 1
-        return shared if goes_on or goes_back else 0
+        lost = len(self.held) - shared
+        goes_back = shared >= len(ids) - 1
+        bearable = max(shared, WORTH_COPYING) if goes_back else min(shared, WORTH_COPYING)
+        return shared if lost <= bearable else 0
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences share from the start."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many ids two lists share from the start: found by halves, as lists compare fast."""
+    same, differs = 0, min(len(a), len(b))
+    if a[:differs] == b[:differs]:
+        return differs
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            differs = middle
+    return same

@@ -15,6 +15,7 @@ from jaxchat.engine import Completion, Engine, Request
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.reply import StopFilter
 from jaxchat.sampling_params import SamplingParams
+from jaxchat.slots import common_prefix
 from jaxchat.tokenizer import Tokenizer
 from tests.models import MODERN, shaken
 from tests.scripted import ScriptedBackend
@@ -488,6 +489,49 @@ def scripted_engine(slots):
         lambda held: special("assistant_end") if len(held) % 10 == 0 else 65,
     )
     return Engine(backend, tokenizer(), slots=slots)
+
+
+@pytest.mark.parametrize("instruction", [2, 40, 100, 400])
+def test_an_instruction_of_any_length_is_read_once_by_all_who_have_it(instruction):
+    """From half of a row on, every conversation took the row of the one before it."""
+    config = GPTConfig(sequence_len=512, vocab_size=tokenizer().vocab_size)
+    engine = Engine(ScriptedBackend(config, lambda held: 65), tokenizer(), slots=6)
+    texts = [[1] * instruction + [first] * 40 for first in (11, 12, 13)]
+    for _ in range(4):
+        for text in texts:
+            (reply,) = engine.complete([Request(text, replace(GREEDY, max_tokens=6))])
+            text += [*reply.ids, 7, *text[-15:]]
+    own = 40 + 3 * (1 + 1 + 15)  # later turns: a reply's last token, what ends it, and new words
+    copied = instruction >= 32
+    read = sum(tokens for _, _, tokens in engine.backend.prefills)
+    assert read == 3 * own + (instruction if copied else 3 * instruction)
+
+
+def test_a_greeting_does_not_end_the_conversation_that_began_with_it():
+    """It took the row of the long one, beside rows that nobody had ever used."""
+    engine = scripted_engine(slots=2)
+    greeting = [1, 2, 3]
+    engine.complete([Request([*greeting, *[11] * 300], replace(GREEDY, max_tokens=4))])
+    engine.complete([Request(greeting, replace(GREEDY, max_tokens=4))])
+    read = len(engine.backend.prefills)
+    engine.complete([Request([*greeting, *[11] * 300, 12, 13], replace(GREEDY, max_tokens=4))])
+    assert engine.backend.prefills[read:] == [(0, 303, 2)]
+
+
+def test_a_reply_is_asked_for_anew_where_it_was_given():
+    engine = scripted_engine(slots=2)
+    question = Request([1] * 60, replace(GREEDY, max_tokens=40))
+    for _ in range(2):
+        engine.complete([question])
+    assert [row for row, _, _ in engine.backend.prefills] == [0, 0]
+
+
+@given(st.lists(st.integers(0, 1), max_size=40), st.lists(st.integers(0, 1), max_size=40))
+def test_what_two_lists_have_in_common_is_found(a, b):
+    both = min(len(a), len(b))
+    expected = next((i for i in range(both) if a[i] != b[i]), both)
+    assert common_prefix(a, b) == expected
+    assert common_prefix(a + b, a) == len(a)
 
 
 def test_conversations_that_take_turns_keep_their_rows():
