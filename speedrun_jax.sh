@@ -141,19 +141,31 @@ fi
 # --- The stages -----------------------------------------------------------------------------------
 
 # Run a program that hears of SIGTERM and Ctrl-C when this shell does, and wait for its end: training
-# saves. In the foreground it would not, when the shell alone is told: by `docker stop`, for one.
+# saves. In the foreground it would not, when the shell alone is told: by `docker stop`, for one. A
+# second Ctrl-C waits for nothing. Once told, this fails, even where the program reached its end.
 attend() {
-    local status=0
+    local status=0 stopped=0
     "$@" &
     child=$!
-    trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+    trap 'stopped=143; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'interrupt' INT
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # the signal has ended the wait alone
         status=0
         wait "$child" || status=$?
     done
     trap - TERM INT
-    return "$status"
+    return "$((status ? status : stopped))"
+}
+
+interrupt() {
+    local signal=KILL
+    if ((!stopped)); then
+        signal=TERM
+        echo "stopping: training saves first; Ctrl-C again stops at once" >&2
+    fi
+    stopped=143
+    kill "-$signal" "$child" 2>/dev/null || true
 }
 
 # stage NAME ARGUMENTS...: run `python -m scripts.NAME ARGUMENTS`, unless the ledger says that this

@@ -11,12 +11,14 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import platform
 import shutil
 import sysconfig
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import current_process, get_context
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,7 +128,7 @@ def harvest() -> list[dict[str, str]]:
     # spawned, because a forked child of a process with threads (JAX has many) may hang
     with (
         progress_bar("reading the documentation of the installed libraries, once") as on_progress,
-        ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_end_with_parent) as pool,
     ):
         for done, documents in enumerate(pool.map(_read, files, chunksize=64), start=1):
             for document in documents:
@@ -135,6 +137,18 @@ def harvest() -> list[dict[str, str]]:
     for document in _topics():
         seen.setdefault(document["doc"], document)
     return sorted(seen.values(), key=lambda d: _hash(d["name"] + d["doc"]))
+
+
+def _end_with_parent() -> None:
+    """In a worker: it would wait for ever for the next task of a parent that has been killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _read(source: tuple[str, str, Path]) -> list[dict[str, str]]:

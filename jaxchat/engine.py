@@ -304,8 +304,8 @@ class Engine:
         known = length if prompt.logits is not None else length - 1  # the last is read for these
         source, shared = self._longest_prefix(slot, prompt)
         shared = min(shared, known)
-        worth_it = shared == length or shared >= len(slot.held) + WORTH_COPYING
-        if source is not slot and worth_it:
+        leaves_nothing = shared == length
+        if source is not slot and (leaves_nothing or shared >= len(slot.held) + WORTH_COPYING):
             self._cache = self.backend.copy_row(self._cache, source.index, slot.index, shared)
             slot.held, slot.pending = prompt.ids[:shared], prompt.ids[shared:]
         self.reused_tokens += len(slot.held)
@@ -320,10 +320,10 @@ class Engine:
             others = [s for s in others if s.sample is not None and s.sample.prompt is prompt]
         longest, shared = slot, common_prefix(slot.held, prompt.ids)
         for other in others:
-            next_id = prompt.ids[shared : shared + 1]
-            if next_id and other.held[shared : shared + 1] == next_id:  # else it has no more
+            if other.held[shared : shared + 1] == prompt.ids[shared : shared + 1]:  # or no more
                 found = common_prefix(other.held, prompt.ids)
-                longest, shared = (other, found) if found > shared else (longest, shared)
+                if found > shared:
+                    longest, shared = other, found
         return longest, shared
 
     def _next_to_read(self) -> Slot | None:

@@ -3,10 +3,8 @@
 import importlib
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import docstring_parser
@@ -121,54 +119,6 @@ def test_a_mac_takes_the_laptop_tier_on_torch(tmp_path):
     )
     python = [sys.executable, "-c", as_a_mac + "print(b.DEFAULT_BACKEND)"]
     assert subprocess.check_output(python, cwd=ROOT, text=True) == "torch\n"
-
-
-STAGE = """
-import pathlib, signal, sys, time
-
-def save(*_):
-    time.sleep(0.5)
-    pathlib.Path("saved").touch()
-    sys.exit(143)
-
-signal.signal(signal.SIGTERM, save)
-pathlib.Path("begun").touch()
-time.sleep(60)
-"""
-"""Training, as far as signals go."""
-
-
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_speedrun_that_is_told_to_stop_waits_until_its_stage_has_saved(tmp_path, number):
-    """The shell alone is told, as by `docker stop`: a stage in the foreground hears nothing."""
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    (tmp_path / "stage.py").write_text(STAGE)
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} stage.py\n")
-    python.chmod(0o755)
-    script = (ROOT / "speedrun_jax.sh").read_text()
-    functions = script.split("# --- The stages")[1].split("\nstage data_download")[0]
-    shell = subprocess.Popen(
-        [
-            "bash",
-            "-c",
-            f"set -euo pipefail\n#{functions}\nstage base_train --depth 2\nstage report",
-        ],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "JAXCHAT_BASE_DIR": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not (tmp_path / "begun").exists():
-        assert shell.poll() is None
-        time.sleep(0.02)
-    shell.send_signal(number)
-    said, _ = shell.communicate(timeout=30)
-    assert shell.returncode == 143
-    assert (tmp_path / "saved").exists()
-    assert said == "--- base_train --depth 2\n"
-    assert not list((tmp_path / "stages").iterdir()), "it is not done"
 
 
 NVIDIA_SMI = """#!/bin/bash

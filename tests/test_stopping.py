@@ -1,0 +1,161 @@
+"""What is told to stop stops, whoever is told, and leaves nothing running."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SAVES = """
+def stop(*_):
+    time.sleep(0.5)
+    pathlib.Path("saved").touch()
+    sys.exit(143)
+"""
+
+HAS_FINISHED = """
+def stop(*_):
+    time.sleep(0.5)
+    sys.exit(0)
+"""
+
+NEVER_ENDS = """
+def stop(*_):
+    pathlib.Path("told").touch()
+"""
+
+
+def stage(what_it_does):
+    """Training, as far as signals go."""
+    return f"""
+import pathlib, signal, sys, time
+{what_it_does}
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("begun").touch()
+while True:
+    time.sleep(60)
+"""
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def speedrun(tmp_path):
+    """Starts the script's loop over stages, with one that does as is said instead of training."""
+
+    def start(what_it_does):
+        python = tmp_path / ".venv" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        (tmp_path / "stage.py").write_text(stage(what_it_does))
+        python.write_text(f"#!/bin/sh\nexec {sys.executable} stage.py\n")
+        python.chmod(0o755)
+        script = (ROOT / "speedrun_jax.sh").read_text()
+        functions = script.split("# --- The stages")[1].split("\nstage data_download")[0]
+        stages = "stage base_train --depth 2\nstage report"
+        shell = subprocess.Popen(
+            ["bash", "-c", f"set -euo pipefail\n#{functions}\n{stages}"],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "JAXCHAT_BASE_DIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        wait_for(tmp_path / "begun", shell)
+        return shell
+
+    return start
+
+
+def ends_there(shell, tmp_path):
+    """With the status of a stop, and the stage to be done again."""
+    said, _ = shell.communicate(timeout=30)
+    assert shell.returncode == 143
+    assert said == "--- base_train --depth 2\n"
+    assert not list((tmp_path / "stages").iterdir()), "it is not done"
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_speedrun_that_is_told_to_stop_waits_until_its_stage_has_saved(
+    speedrun, tmp_path, number
+):
+    """The shell alone is told, as by `docker stop`: a stage in the foreground hears nothing."""
+    shell = speedrun(SAVES)
+    shell.send_signal(number)
+    ends_there(shell, tmp_path)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_no_stage_begins_after_the_stop_of_one_that_had_only_its_end_to_reach(
+    speedrun, tmp_path, number
+):
+    """A training run in its last validation finishes, with status 0, whoever asks."""
+    shell = speedrun(HAS_FINISHED)
+    shell.send_signal(number)
+    ends_there(shell, tmp_path)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_who_interrupts_twice_waits_for_nothing(speedrun, tmp_path):
+    shell = speedrun(NEVER_ENDS)
+    shell.send_signal(signal.SIGINT)
+    wait_for(tmp_path / "told", shell)
+    shell.send_signal(signal.SIGINT)
+    shell.communicate(timeout=30)
+    assert shell.returncode == 128 + signal.SIGKILL
+
+
+HARVEST = """
+import os, pathlib, sys, time
+from jaxchat import embedded_corpus
+
+def read(source):
+    pathlib.Path(f"worker-{os.getpid()}").touch()
+    time.sleep(0.001)
+    return []
+
+if __name__ == "__main__":
+    embedded_corpus.sources = lambda: [("d", "m", "p")] * 100_000
+    embedded_corpus._read = read
+    embedded_corpus.harvest()
+"""
+
+
+def test_readers_of_the_corpus_end_with_who_asked_them(tmp_path):
+    """Those of a stage that was killed waited for ever for more to read, one a core."""
+    (tmp_path / "script.py").write_text(HARVEST)
+    parent = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    while not (workers := list(tmp_path.glob("worker-*"))):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name.split("-")[1]) for path in workers]
+    deadline = time.monotonic() + 20
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "they are still there"
+        time.sleep(0.05)
+
+
+def runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().split(")")[1].split()[0] == "Z")
