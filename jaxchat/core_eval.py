@@ -7,8 +7,9 @@ GPT-2 (1.5 B) has 0.256525.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -49,15 +50,17 @@ def evaluate_task(
 ) -> TaskResult:
     """Accuracy on the first `max_examples` of the shuffled task (all of them when None).
 
-    `batch_tokens` bounds the padded tokens of a batch; `on_progress` hears the share that is done.
+    `batch_tokens` bounds the padded tokens that a device scores at a time; `on_progress` hears the
+    share that is done.
     """
     count = len(task.examples) if max_examples is None else min(max_examples, len(task.examples))
     length = backend.config.sequence_len
     questions = list(sequences(task, range(count), tokenizer, length))
     flat = [sequence for question in questions for sequence in question]
     scores: dict[int, tuple[float, bool]] = {}
-    for indices, bucket in batches(flat, length, batch_tokens):
-        rows = max(1, batch_tokens // bucket)
+    rows_of = partial(batch_rows, backend.devices.count, batch_tokens)
+    for indices, bucket in batches(flat, length, rows_of):
+        rows = rows_of(bucket)
         scored = score_batch(backend, [flat[i] for i in indices], rows, bucket)
         scores |= zip(indices, scored, strict=True)
         on_progress(len(scores) / len(flat))
@@ -78,15 +81,26 @@ def is_correct(task: Task, index: int, scores: Sequence[tuple[float, bool]]) -> 
     return int(np.argmin([nats for nats, _ in scores])) == task.examples[index]["gold"]
 
 
+def batch_rows(devices: int, batch_tokens: int, bucket: int) -> int:
+    """Rows of `bucket` tokens: as many for each device as `batch_tokens` hold, but at least one.
+
+    Of any other number every device would work on all.
+    """
+    return devices * max(1, batch_tokens // bucket)
+
+
 def batches(
-    flat: Sequence[Scored], max_length: int, batch_tokens: int
+    flat: Sequence[Scored], max_length: int, rows_of: Callable[[int], int]
 ) -> Iterator[tuple[list[int], int]]:
-    """Indices of sequences that share a padded length, and that length."""
+    """Indices of sequences that share a padded length, and that length.
+
+    `rows_of` says how many rows of that length there may be.
+    """
     buckets: dict[int, list[int]] = {}
     for index, sequence in enumerate(flat):
         buckets.setdefault(bucket_length(len(sequence.ids), max_length), []).append(index)
     for bucket in sorted(buckets):
-        rows = max(1, batch_tokens // bucket)
+        rows = rows_of(bucket)
         for start in range(0, len(buckets[bucket]), rows):
             yield buckets[bucket][start : start + rows], bucket
 

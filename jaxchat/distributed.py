@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array
 
 from jaxchat import runtime, sharding
@@ -53,7 +53,7 @@ def join() -> None:
         ) from error
 
 
-def put(x: np.ndarray, placement: NamedSharding) -> Array:
+def put(x: np.ndarray, placement: Sharding) -> Array:
     """An array that every process holds whole, on the devices of all."""
     return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
 

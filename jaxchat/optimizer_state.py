@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxchat import distributed
 from jaxchat.optim import matrices_by_shape
 
 
@@ -43,7 +44,7 @@ def fill(like: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         if array.shape != old.shape:
             padding = [(0, old.shape[0] - len(array))] + [(0, 0)] * (array.ndim - 1)
             array = np.pad(array, padding)
-        return jax.device_put(array, old.sharding)
+        return distributed.put(array, old.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 

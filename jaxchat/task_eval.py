@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxchat.backend import Backend
 from jaxchat.conversation import Conversation, crop_prompt, render_for_completion
-from jaxchat.core_eval import bucket_length
+from jaxchat.core_eval import batch_rows, bucket_length
 from jaxchat.engine import Engine
 from jaxchat.progress import OnProgress, unheard
 from jaxchat.request import Request
@@ -88,9 +88,9 @@ def evaluate_chat(
 ) -> ChatResult:
     """A task on `max_problems` of its problems, drawn fairly (all of them when None).
 
-    `batch_tokens` bounds the padded tokens of a forward, `slots` the replies that a device writes
-    at a time; `on_progress` hears the share that is done. ValueError for a task with nothing to
-    judge.
+    `batch_tokens` bounds the padded tokens that a device reads, and `slots` the replies that it
+    writes, at a time; `on_progress` hears the share that is done. ValueError for a task with
+    nothing to judge.
     """
     if task.kind == "conversation":
         raise ValueError(f"{task.name} is for training only: it has no judge of replies")
@@ -121,7 +121,7 @@ def _choose(
     correct, done = 0, 0
     while done < len(order):
         bucket = bucket_length(len(prompts[order[done]]), context)
-        rows = max(1, batch_tokens // bucket)
+        rows = batch_rows(backend.devices.count, batch_tokens, bucket)
         batch = [
             i
             for i in order[done : done + rows]

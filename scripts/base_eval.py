@@ -47,7 +47,7 @@ class Config:
     max_per_task: int | None = None
     """Examples of each task; all when not set."""
     batch_tokens: int = 16384
-    """Padded tokens scored at a time: lower it when memory runs out."""
+    """Padded tokens that a device scores at a time: lower it when memory runs out."""
     backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
 

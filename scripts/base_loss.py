@@ -15,6 +15,7 @@ from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
 from jaxchat.engine import Engine
 from jaxchat.loss_eval import bits_per_byte, text_batches
+from jaxchat.plan import check_positive
 from jaxchat.progress import make_console, progress_bar
 from jaxchat.report import Report, Samples, Table, model_facts
 from jaxchat.request import Request
@@ -54,6 +55,13 @@ class Config:
     """Length of each sample."""
     backend: BackendName = DEFAULT_BACKEND
     """jax or torch."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            split_tokens=self.split_tokens,
+            device_batch_size=self.device_batch_size,
+            max_tokens=self.max_tokens,
+        )
 
 
 def main(config: Config) -> None:

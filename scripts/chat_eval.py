@@ -58,7 +58,7 @@ class Config:
     max_problems: Annotated[int | None, cli.arg(aliases=["-x"])] = None
     """Problems of each task, drawn fairly; all when not set."""
     batch_tokens: int = 16384
-    """Padded tokens of a forward: lower it when memory runs out."""
+    """Padded tokens that a device reads at a time: lower it when memory runs out."""
     slots: int | None = None
     """Replies that a device writes at a time; 8 on a CPU and 64 elsewhere when not set."""
     sandbox: str = SANDBOXES[0]

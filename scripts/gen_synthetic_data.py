@@ -124,24 +124,31 @@ class Writer:
     def __call__(self, messages: Sequence[Message], stop: threading.Event) -> str:
         """The next message; KeyboardInterrupt once `stop` is set and it is not there yet."""
         try:
-            answer = patiently(lambda: self._answer(messages), stop)
+            return self._read(patiently(lambda: self._answer(messages), stop))
         except openai.APIStatusError as error:
             if error.status_code in FATAL:
                 raise
             raise Refused(explain(error)) from error
-        if not isinstance(answer, ChatCompletion):
+        except json.JSONDecodeError as error:  # of an empty body, say
+            return self._read(error)
+
+    def _read(self, answer: Any) -> str:
+        """What an answer says, which the client hands over whatever its form."""
+        if not self.spent and not isinstance(answer, ChatCompletion):
             raise OSError(foreign(answer))
-        if not answer.choices:  # some report an error so, with status 200
-            raise Refused(f"no answer: {answer!r}"[:SHOWN_LETTERS])
+        try:
+            choice, usage = answer.choices[0], answer.usage
+            text, cut_off = text_of(choice.message.content), choice.finish_reason == "length"
+        except (AttributeError, TypeError, LookupError):
+            raise Refused(f"no answer: {answer!r}"[:SHOWN_LETTERS]) from None
         with self._lock:
             self.spent["messages"] += 1
-            if answer.usage:
-                self.spent["tokens read"] += answer.usage.prompt_tokens
-                self.spent["tokens written"] += answer.usage.completion_tokens
-        choice = answer.choices[0]
-        if choice.finish_reason == "length":
+            if usage:
+                self.spent["tokens read"] += usage.prompt_tokens or 0
+                self.spent["tokens written"] += usage.completion_tokens or 0
+        if cut_off:
             raise Unusable("a message was cut off")
-        return choice.message.content or ""
+        return text
 
     def _answer(self, messages: Sequence[Message]) -> ChatCompletion:
         """One request, with the limit's older name for servers that do not know the new one."""
@@ -159,6 +166,13 @@ class Writer:
         given: Any = messages
         options: dict[str, Any] = {**self.options, limit: MAX_TOKENS}
         return self.client.chat.completions.create(model=self.model, messages=given, **options)
+
+
+def text_of(content: str | list[dict[str, Any]] | None) -> str:
+    """What was said: some servers give it in parts, of which thoughts are no text."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    return content or ""
 
 
 class Collection:

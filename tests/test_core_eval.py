@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxchat import cli, core_tasks
+from jaxchat.backend import DeviceInfo
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
-from jaxchat.core_eval import batches, bucket_length, core_metric, evaluate_task
+from jaxchat.core_eval import batch_rows, batches, bucket_length, core_metric, evaluate_task
 from jaxchat.core_tasks import (
     Scored,
     Task,
@@ -42,6 +43,9 @@ needs_bundle = pytest.mark.skipif(
 CHOICE = {"query": "The sky is", "choices": ["blue.", "green."], "gold": 0}
 SCHEMA = {"context_options": ["Ann saw Bo and Ann", "Ann saw Bo and Bo"], "continuation": "ran."}
 LANGUAGE = {"context": " One, two, ", "continuation": "three"}
+
+
+ONE_DEVICE = DeviceInfo("cpu", 1, "none", None)
 
 
 def task_of(kind, examples, *, shots=0, delimiter=" ", baseline=25.0):
@@ -205,12 +209,19 @@ def test_every_sequence_is_in_one_batch_that_holds_it():
     rng = np.random.default_rng(0)
     flat = [Scored([0] * int(n), 1, int(n)) for n in rng.integers(2, 257, 200)]
     seen = []
-    for indices, bucket in batches(flat, 256, 1024):
+    for indices, bucket in batches(flat, 256, lambda bucket: 1024 // bucket):
         assert len(indices) <= 1024 // bucket
         assert all(len(flat[i].ids) <= bucket for i in indices)
         seen += indices
     assert sorted(seen) == list(range(200))
     assert [bucket_length(n, 200) for n in (1, 64, 65, 129, 200)] == [64, 64, 128, 200, 200]
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_devices_have_equal_shares_of_a_batch(devices):
+    """Of 32 rows, three devices had all 32 each."""
+    assert batch_rows(devices, 16384, 512) == 32 * devices
+    assert batch_rows(devices, 1000, 2048) == devices
 
 
 def decide_alone(backend, tokenizer, task, index):
@@ -262,6 +273,7 @@ def test_a_model_that_knows_the_answers_gets_them_all(tokenizer):
 
     class Knowing:
         config = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size)
+        devices = ONE_DEVICE
 
         def score(self, inputs, targets):
             nll = np.where(targets < 0, 0, 1).astype(np.float32)
@@ -278,6 +290,7 @@ def test_accuracy_is_centred_on_guessing_and_the_metric_is_the_mean_of_that(toke
 
     class Any:
         config = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size)
+        devices = ONE_DEVICE
 
         def score(self, inputs, targets):
             return targets.astype(np.float32), targets

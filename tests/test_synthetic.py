@@ -278,6 +278,49 @@ def test_a_server_that_speaks_something_else_is_told_from_one_that_refuses(
             main(replace(config, model="m"))
 
 
+ODD_ANSWERS = {
+    "empty": "",
+    "cut off": '{"id": "1", "choi',
+    "null": None,
+    "an error": {"error": {"message": "overloaded"}},
+    "a choice without a message": {"id": "1", "choices": [{"index": 0, "finish_reason": "stop"}]},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
+def test_an_odd_answer_among_good_ones_costs_its_attempt(config, monkeypatch, odd):
+    """It ended the collection, some of them with a traceback."""
+    numbers = itertools.count()
+
+    def respond(request):
+        return (
+            (200, odd, {"Content-Type": "application/json"})
+            if next(numbers) == 5
+            else answered(request)
+        )
+
+    with stub(respond, monkeypatch):
+        main(replace(config, model="m", workers=1, num_conversations=8))
+    assert len(lines(config)) == 8
+
+
+def test_an_answer_in_parts_is_its_text(config, monkeypatch):
+    def respond(request):
+        status, answer = answered(request)
+        message = answer["choices"][0]["message"]
+        message["content"] = [
+            {"type": "thinking", "thinking": "hm"},
+            {"type": "text", "text": message["content"]},
+        ]
+        answer["usage"] = {"prompt_tokens": None, "completion_tokens": 3, "total_tokens": 3}
+        return status, answer
+
+    with stub(respond, monkeypatch):
+        main(replace(config, model="m", num_conversations=3))
+    assert "hm" not in str(lines(config))
+    assert len(lines(config)) == 3
+
+
 class Clock:
     """In place of the event of an interrupt: nobody interrupts, and nobody waits."""
 
