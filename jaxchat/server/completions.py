@@ -180,7 +180,7 @@ class _Reply:
         if self.body.echo:
             echoed = self._shown(list(request.ids))
             if self.body.logprobs is not None:
-                scores = await self.service.pool.score_prompt(request.ids)
+                scores = await self.service.pool.score_prompt(request.ids, self._place)
         begun = [self._chunk(number * n + row, echoed) for row in range(n)]
         if scores is not None:
             for chunk in begun:

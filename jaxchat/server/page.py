@@ -9,6 +9,7 @@ live in the browser; nothing here remembers anything. Left out: the API that the
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 
+PREFIX = re.compile(r"(/[\w.~@%+-]+)+", re.ASCII)
+"""What may be said to be the page's path at a proxy, as jupyter-server-proxy and Traefik do."""
+
 MAX_MARKDOWN_BYTES = 512 * 1024
 """Of a request to turn Markdown into HTML; a reply of 4,096 tokens has about 20 kB."""
 
@@ -73,7 +77,7 @@ def page_routes() -> list[BaseRoute]:
     files = {path.name: path for path in PAGE_DIR.iterdir() if path.suffix in MEDIA_TYPES}
     limiter = anyio.CapacityLimiter(RENDER_THREADS)
     return [
-        Route("/", _file(files.pop("index.html"))),
+        Route("/", _index(files.pop("index.html"))),
         *(Route(f"/page/{name}", _file(path)) for name, path in sorted(files.items())),
         Route("/page/markdown", partial(_markdown, limiter), methods=["POST"]),
     ]
@@ -82,16 +86,29 @@ def page_routes() -> list[BaseRoute]:
 def _file(path: Path) -> Any:
     """An endpoint that answers with a file as it was when the server started."""
     content = path.read_bytes()
+    return lambda request: _answer(request, content, MEDIA_TYPES[path.suffix])
+
+
+def _index(path: Path) -> Any:
+    """The page itself. Below a path of a proxy that tells it, it begins with what adds a slash."""
+    content = path.read_text()
+
+    def endpoint(request: Request) -> Response:
+        prefix = request.headers.get("x-forwarded-prefix", "").rstrip("/")
+        script = f'<script src="{prefix}/page/slash.js"></script>' * bool(PREFIX.fullmatch(prefix))
+        page = content.replace("<head>", f"<head>{script}", 1)
+        return _answer(request, page.encode(), MEDIA_TYPES[path.suffix])
+
+    return endpoint
+
+
+def _answer(request: Request, content: bytes, media_type: str) -> Response:
     etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     # asked for again every time, sent again only when changed: no stale page after an update
     headers = {**HEADERS, "ETag": etag, "Cache-Control": "no-cache"}
-
-    def endpoint(request: Request) -> Response:
-        if etag in request.headers.get("if-none-match", ""):  # a proxy that zips makes it W/"..."
-            return Response(status_code=304, headers=headers)
-        return Response(content, headers=headers, media_type=MEDIA_TYPES[path.suffix])
-
-    return endpoint
+    if etag in request.headers.get("if-none-match", ""):  # a proxy that zips makes it W/"..."
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=media_type)
 
 
 async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Response:

@@ -1,7 +1,8 @@
 """All replicas: which one takes a request, and when none does."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 from jaxchat.backend import PromptScores
 from jaxchat.request import Event, Request
@@ -125,11 +126,12 @@ class Pool:
         finally:
             stream.close()
 
-    async def score_prompt(self, ids: Sequence[int]) -> PromptScores:
-        """Log-probabilities of a prompt; errors as in `run`."""
+    async def score_prompt(self, ids: Sequence[int], place: "Place") -> PromptScores:
+        """Log-probabilities of a prompt; errors as in `run`. The place is kept for what follows."""
         try:
             async with self._replying.limit(self._timeout_s):
-                return await self._least_busy().score_prompt(ids)
+                with place.lent():
+                    return await self._least_busy().score_prompt(ids)
         except TimeoutError:
             raise self._too_late() from None
         except EngineFailed as error:
@@ -160,6 +162,15 @@ class Place:
         """So many need no room any more."""
         self._replies -= replies
         self._pool.reserved -= replies
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """While a worker counts one of them, which needs room again afterwards."""
+        self.give_up(1)
+        try:
+            yield
+        finally:
+            self.give_up(-1)
 
     def close(self) -> None:
         self.give_up(self._replies)

@@ -123,6 +123,7 @@ class Chat:
         self.box.fill(text)
         self.box.press("Enter")
         if wait:
+            expect(self.box).to_have_value("")  # it is sent once the models are known
             self.wait_until_finished()
 
     def wait_until_finished(self) -> None:

@@ -48,6 +48,34 @@ def test_what_did_not_change_is_not_sent_again(client):
     assert again.status_code == 304 and again.content == b""
 
 
+def test_a_tag_that_a_zipping_proxy_has_made_weak_is_known(client):
+    tag = client.get("/page/main.js").headers["etag"]
+    for known in (f"W/{tag}", f'"other", {tag}'):
+        assert client.get("/page/main.js", headers={"If-None-Match": known}).status_code == 304
+    assert client.get("/page/main.js", headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("prefix", "named"),
+    [
+        ("/user/x%20y/proxy/8000", '<script src="/user/x%20y/proxy/8000/page/slash.js">'),
+        ("/chat/", '<script src="/chat/page/slash.js">'),
+        ("", None),
+        ("/", None),
+        ("//evil.example", None),
+        ("/a/..//evil.example", None),
+        ("https://evil.example", None),
+        ('/"><script>window.hacked = 1</script>', None),
+        ("/a, /b", None),
+    ],
+)
+def test_a_prefix_is_used_where_it_is_a_path_and_nothing_else(client, prefix, named):
+    page = client.get("/", headers={"X-Forwarded-Prefix": prefix}).text
+    assert ("slash.js" in page) == bool(named)
+    assert (named or "") in page and "evil" not in page and "hacked" not in page
+    assert (page == client.get("/").text) == (named is None)
+
+
 @pytest.mark.parametrize(
     "path", ["/page/../page.py", "/page/%2e%2e/page.py", "/page/..%2fpage.py", "/page/", "/page/x"]
 )
@@ -66,7 +94,7 @@ def test_no_file_names_another_origin():
 def test_every_import_and_link_names_a_file_that_is_there():
     for name in FILES:
         text = (PAGE_DIR / name).read_text()
-        for target in re.findall(r'(?:from "\./|(?:href|src)="/page/)([^"]+)"', text):
+        for target in re.findall(r'(?:from "\./|(?:href|src)="page/)([^"]+)"', text):
             assert target in FILES, f"{name} names {target}"
 
 

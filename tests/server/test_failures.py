@@ -97,6 +97,22 @@ def test_a_burst_cannot_overfill_the_queue(monkeypatch, send, stream):
         assert one.pool.reserved == 0
 
 
+def test_a_prompt_that_is_scored_takes_one_place_and_not_two(monkeypatch):
+    go, engine = threading.Event(), make_engine()
+    score = engine.score_prompt
+    monkeypatch.setattr(engine, "score_prompt", lambda ids: go.wait(30) and score(ids))
+    with running([engine], max_waiting=2) as one, ThreadPoolExecutor() as threads:
+        scored = threads.submit(complete, one, prompt=["a"] * SLOTS, echo=True, logprobs=1)
+        wait_for(lambda: one.pool.workers[0].load == SLOTS)
+        beside = threads.submit(chat, one, n=2)
+        wait_for(lambda: one.pool.workers[0].load == SLOTS + 2)
+        error_of(chat(one), 503)  # now it is full
+        go.set()
+        assert [future.result().status_code for future in (scored, beside)] == [200, 200]
+        one.wait_idle()
+        assert one.pool.reserved == 0
+
+
 def test_a_request_that_takes_too_long_is_ended(monkeypatch):
     with running(timeout_s=0.3) as one:
         step = one.engine.step
@@ -129,6 +145,7 @@ def test_equal_prompts_without_a_seed_differ(idle):
         ("/v1/chat/completions", {"messages": [{}] * 250_000}),
         ("/v1/completions", {"prompt": [{}] * 250_000}),
         ("/v1/completions", {"prompt": [[""]] * 150_000}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(70_000)))}),
         ("/detokenize", {"tokens": [""] * 250_000}),
     ],
 )

@@ -86,7 +86,8 @@ function byStage(a, b) {
 export async function* streamAnswer({ model, messages, settings, signal }) {
   const response = await send(pathFor(model), {
     method: "POST",
-    headers: { ...headers(settings.apiKey), "Content-Type": "application/json" },
+    // jupyter-server-proxy holds back whole what does not say so
+    headers: { ...headers(settings.apiKey), "Content-Type": "application/json", Accept: "text/event-stream" },
     body: JSON.stringify(requestBody(model, messages, settings)),
     signal,
   });

@@ -2,7 +2,7 @@
 
 import { ADVICE } from "./api.js";
 import { textOf, versionIndex, versions } from "./conversation.js";
-import { focusPrompt, h, icon, iconButton, isOfInputMethod } from "./dom.js";
+import { byId, focusPrompt, h, icon, iconButton, isOfInputMethod } from "./dom.js";
 import { Prose } from "./markdown.js";
 import { drawTokens, tokensShown } from "./tokens.js";
 
@@ -10,6 +10,9 @@ const FINISHES = {
   length: "Ended at the longest answer that the settings allow.",
   context: "Ended because the model can hold no more: its context is full.",
 };
+
+/** The setting that helps against each kind of failure. */
+const REMEDIES = { auth: "apiKey", settings: "system" };
 
 export class MessageView {
   #parts = [];
@@ -254,10 +257,19 @@ function drawError(message, session) {
   const look = buttons.length ? "text-button" : "solid-button"; // what helps stands out
   const others = error.kind === "gone" ? session.modelsToRetry(message).join(", ") : "";
   buttons.push(retryButton(look, others ? `Retry with ${others}` : "Retry", () => leave(() => session.retry(id))));
+  if (REMEDIES[error.kind]) {
+    const open = () => openSettings(REMEDIES[error.kind]);
+    buttons.push(h("button", { class: "text-button", type: "button", onclick: open }, "Open the settings"));
+  }
   return h("div", { class: "error", role: "group", aria: { label: "Error" } },
     h("p", {}, `${ADVICE[error.kind] ?? ADVICE.server}${wait}`),
     h("p", { class: "error-detail" }, error.message),
     h("div", { class: "error-foot" }, ...buttons));
+}
+
+function openSettings(name) {
+  byId("settings").showModal();
+  byId(`setting-${name}`).focus();
 }
 
 const retryButton = (look, text, onclick) => h("button", { class: look, type: "button", onclick }, icon("retry"), text);

@@ -1,6 +1,6 @@
 /** The stage picker: which models answer, one or several side by side. */
 
-import { listModels, standIn } from "./api.js";
+import { continuesText, listModels, standIn } from "./api.js";
 import { small } from "./database.js";
 import { byId, h } from "./dom.js";
 
@@ -37,6 +37,8 @@ export class ModelPicker {
     small.set("models", ids);
     byId("model-name").textContent = ids.length > 1 ? `${ids.length} models` : ids.join("");
     byId("models").title = ids.join(", ");
+    const begins = ids.length && ids.every(continuesText); // who knows no turns knows no questions
+    byId("prompt").placeholder = begins ? "The beginning of a text" : "Ask anything";
   }
 
   #draw() {

@@ -1,5 +1,9 @@
-/** The list of conversations: open, search, rename, delete; a drawer on small screens. */
+/**
+ * The list of conversations: open, search, rename, delete. On small screens it is a drawer; beside
+ * the conversation it can be put away, and stays so.
+ */
 
+import { small } from "./database.js";
 import { byId, h, iconButton, isOfInputMethod } from "./dom.js";
 
 const SEARCH_MS = 120;
@@ -19,10 +23,12 @@ export class Sidebar {
       clearTimeout(this.#searchTimer);
       this.#searchTimer = setTimeout(() => this.draw(), SEARCH_MS);
     });
-    byId("new-chat").addEventListener("click", () => {
-      this.closeDrawer();
-      session.newChat();
-    });
+    for (const button of ["new-chat", "new-chat-here"]) {
+      byId(button).addEventListener("click", () => {
+        this.closeDrawer();
+        session.newChat();
+      });
+    }
     this.#drawer();
   }
 
@@ -80,20 +86,27 @@ export class Sidebar {
     if (!this.list.contains(document.activeElement)) byId("new-chat").focus();
   }
 
-  // --- the drawer -----------------------------------------------------------------------------
+  // --- whether it is there --------------------------------------------------------------------
 
   #drawer() {
     this.narrow = matchMedia("(max-width: 760px)");
     this.narrow.addEventListener("change", () => this.closeDrawer());
-    byId("open-sidebar").addEventListener("click", () => this.#openDrawer());
-    byId("close-sidebar").addEventListener("click", () => this.closeDrawer());
+    byId("open-sidebar").addEventListener("click", () => this.#open());
+    byId("close-sidebar").addEventListener("click", () => this.closeDrawer() || this.#putAway(true));
     byId("backdrop").addEventListener("click", () => this.closeDrawer());
     this.closeDrawer();
   }
 
-  #openDrawer() {
-    this.#setDrawer(true);
+  #open() {
+    if (this.narrow.matches) this.#setDrawer(true);
+    else this.#putAway(false);
     byId("close-sidebar").focus();
+  }
+
+  #putAway(away) {
+    document.documentElement.classList.toggle("side-away", away); // theme.js does so when the page opens
+    small.set("sideAway", away || null);
+    if (away) byId("open-sidebar").focus();
   }
 
   /** Whether it was open. */
@@ -114,7 +127,7 @@ export class Sidebar {
 
   /** Put the focus into the search field, wherever it is. */
   startSearch() {
-    if (this.narrow.matches) this.#openDrawer();
+    this.#open();
     this.search.select();
   }
 }
