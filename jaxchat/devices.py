@@ -4,7 +4,8 @@
 """
 
 import os
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,10 @@ CPU_MEMORY_FRACTION = 0.25
 COMBINED_BYTES = 2**28
 """Collectives are combined up to this size, above the 113 MB of a layer's gradients at depth 24."""
 
-SEVERAL_GPUS: dict[str, bool | int] = {
+Options: TypeAlias = dict[str, bool | int | str]
+"""XLA's, by name."""
+
+SEVERAL_GPUS: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED_BYTES,
     "xla_gpu_all_gather_combine_threshold_bytes": COMBINED_BYTES,
@@ -32,7 +36,7 @@ SEVERAL_GPUS: dict[str, bool | int] = {
 }
 """For the collectives of a training step."""
 
-GRAPHS = {
+GRAPHS: Options = {
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
     )
@@ -118,19 +122,36 @@ def since_hopper() -> bool:
     return _compute_capability() >= 9.0
 
 
-def step_options(device_count: int) -> dict[str, bool | int] | None:
+def step_options(device_count: int) -> Options | None:
     """XLA's options for a training step on several GPUs: talk while computing, in few messages."""
     if device_count == 1 or jax.default_backend() != "gpu":
         return None
-    return SEVERAL_GPUS
+    return known(SEVERAL_GPUS)
 
 
-def decode_options() -> dict[str, str] | None:
+def decode_options() -> Options | None:
     """XLA's options for decoding on a GPU: loops too belong into CUDA graphs.
 
     Outside of them a step would wait for its host at the loops of the sampler.
     """
-    return GRAPHS if jax.default_backend() == "gpu" else None
+    return known(GRAPHS) if jax.default_backend() == "gpu" else None
+
+
+def known(options: Options) -> Options:
+    """Those that this XLA takes: none is worth not training, once another version has dropped it."""
+    return {name: value for name, value in options.items() if _is_known(name, value)}
+
+
+@cache
+def _is_known(name: str, value: bool | int | str) -> bool:
+    try:
+        jax.jit(lambda: jnp.zeros(())).lower().compile({name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        runtime.print0(f"warning: this XLA does not take {name}={value}; it may be slower without")
+        return False
+    return True
 
 
 def enable_compilation_cache() -> None:
