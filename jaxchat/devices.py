@@ -25,14 +25,14 @@ CPU_MEMORY_FRACTION = 0.25
 COMBINED_BYTES = 2**28
 """Collectives are combined up to this size, above the 113 MB of a layer's gradients at depth 24."""
 
-Options: TypeAlias = dict[str, bool | int | str]
+Options: TypeAlias = dict[str, bool | str]
 """XLA's, by name."""
 
 SEVERAL_GPUS: Options = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED_BYTES,
-    "xla_gpu_all_gather_combine_threshold_bytes": COMBINED_BYTES,
-    "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED_BYTES,
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(COMBINED_BYTES),
+    "xla_gpu_all_gather_combine_threshold_bytes": str(COMBINED_BYTES),
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": str(COMBINED_BYTES),
 }
 """For the collectives of a training step."""
 
@@ -138,12 +138,12 @@ def decode_options() -> Options | None:
 
 
 def known(options: Options) -> Options:
-    """Those that this XLA takes: none is worth not training, once another version has dropped it."""
+    """Those that this XLA takes: no version that has dropped one shall be unable to train."""
     return {name: value for name, value in options.items() if _is_known(name, value)}
 
 
 @cache
-def _is_known(name: str, value: bool | int | str) -> bool:
+def _is_known(name: str, value: bool | str) -> bool:
     try:
         jax.jit(lambda: jnp.zeros(())).lower().compile({name: value})
     except jax.errors.JaxRuntimeError as error:

@@ -5,7 +5,7 @@ from jaxchat import devices
 
 def test_an_option_that_this_xla_lacks_is_left_out_and_told_once(capsys):
     """Each version drops some; to compile with one of them is an error."""
-    asked = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_of_yesterday": 3}
+    asked = {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_of_yesterday": "3"}
     for _ in range(2):
         assert devices.known(asked) == {"xla_gpu_enable_latency_hiding_scheduler": True}
     told = "warning: this XLA does not take xla_of_yesterday=3; it may be slower without\n"
