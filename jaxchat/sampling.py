@@ -98,7 +98,10 @@ def logprob(logits: np.ndarray, token: int) -> float:
 
 def alternatives(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` likeliest tokens and their log-probabilities, the lowest id first on ties."""
-    best = np.argsort(-logits, kind="stable")[:count]
+    if not count:
+        return ()
+    likely = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+    best = likely[np.argsort(-logits[likely], kind="stable")][:count]
     return tuple(zip(best.tolist(), _log_softmax(logits)[best].tolist(), strict=True))
 
 
@@ -116,7 +119,8 @@ def filtered_weights(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     below_best = logits.astype(np.float32) - np.float32(logits.max())
     weights = np.exp(below_best / np.float32(max(params.temperature, MIN_TEMPERATURE)))
     if params.top_k and params.top_k < len(weights):
-        weights = np.where(weights >= np.sort(weights)[-params.top_k], weights, np.float32(0))
+        least = np.partition(weights, -params.top_k)[-params.top_k]
+        weights = np.where(weights >= least, weights, np.float32(0))
     top_p = np.float32(max(params.top_p, MIN_TOP_P))
     if top_p < 1:
         ordered = np.sort(weights)[::-1]
