@@ -155,6 +155,10 @@ attend() {
         wait "$child" || status=$?
     done
     trap - TERM INT
+    if ((stopped)); then
+        if [[ -t 1 ]]; then printf '\e[?25h'; fi # a bar had hidden the cursor
+        echo "stopped; the same command continues" >&2
+    fi
     return "$((status ? status : stopped))"
 }
 

@@ -6,10 +6,14 @@ one message without a traceback and exits with status 2; everything else is our 
 its traceback. This is the only module that knows tyro.
 """
 
+import errno
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tyro
@@ -20,6 +24,14 @@ ConfigT = TypeVar("ConfigT")
 
 EXIT_BROKEN_PIPE = 128 + 13
 """As a program that SIGPIPE ends."""
+
+EXIT_INTERRUPT = 128 + 2
+"""As a program that SIGINT ends."""
+
+AGAIN_S = 0.1
+"""After which a Ctrl-C that was dropped comes again."""
+
+NO_SPACE = ": make room, or let JAXCHAT_BASE_DIR name a larger disk; what is finished is kept"
 
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
@@ -52,13 +64,15 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
     """Parse the command line, call `main`, and turn a user's mistake into one clear message."""
     config = parse(config_class)
     try:
-        main(config)
+        with _no_interrupt_is_lost():
+            main(config)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(EXIT_BROKEN_PIPE)
         if os.environ.get("JAXCHAT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"error: {error}{NO_SPACE if full else ''}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error) or os.environ.get("JAXCHAT_TRACEBACK"):
@@ -67,7 +81,29 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        # at once: what XLA still computes for an interpreter that ends as usual crashes it
+        os._exit(EXIT_INTERRUPT)
+
+
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Python drops a Ctrl-C that comes in a callback, such as JAX's after a garbage collection."""
+    before = sys.unraisablehook
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            assert main is not None
+            threading.Timer(AGAIN_S, signal.pthread_kill, [main, signal.SIGINT]).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _nobody_reads() -> bool:

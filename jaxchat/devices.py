@@ -44,6 +44,20 @@ GRAPHS: Options = {
 """What XLA launches as CUDA graphs when it decodes: loops too."""
 
 
+def check_platforms() -> None:
+    """ValueError where JAX_PLATFORMS asks for what this machine has not."""
+    try:
+        jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word, for cuda
+        asked = os.environ.get("JAX_PLATFORMS")
+        if not asked:
+            raise
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} is not on this machine, or JAX was installed without it: "
+            f"unset it, or see README.md for GPUs and TPUs ({str(error) or 'no such device'})"
+        ) from error
+
+
 def compute_dtype(explicit: str | None = None) -> DTypeLike:
     """bfloat16 on TPU and on NVIDIA Ampere or later, float32 elsewhere, unless asked for."""
     name = runtime.requested_dtype(explicit)

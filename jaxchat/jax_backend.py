@@ -54,6 +54,7 @@ class JaxBackend:
         self.config = config
         devices.claim_memory()
         distributed.join()
+        devices.check_platforms()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
         devices.multiply_in(self.dtype)

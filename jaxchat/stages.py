@@ -72,14 +72,24 @@ def _stage_folder(source: str) -> Path:
 
 def model_tags(source: str) -> list[str]:
     """The models of a stage; FileNotFoundError, with the remedy, when there is none."""
-    folder = _stage_folder(source)
-    tags = sorted(path.name for path in folder.glob("*") if CheckpointStore(path).steps())
+    folder, tags = _stage_folder(source), _tags(source)
     if not tags:
+        others = [stage for stage in STAGE_FOLDERS if stage != source and _tags(stage)]
+        remedy = (
+            f"take another stage's (-i {others[-1]})"
+            if others
+            else "make one of each stage with bash speedrun_jax.sh"
+        )
         raise FileNotFoundError(
             f"no {source} model in {folder}: train one with "
-            f"python -m scripts.{STAGE_SCRIPTS[source]}"
+            f"python -m scripts.{STAGE_SCRIPTS[source]}, or {remedy}"
         )
     return tags
+
+
+def _tags(source: str) -> list[str]:
+    folders = _stage_folder(source).glob("*")
+    return sorted(path.name for path in folders if CheckpointStore(path).steps())
 
 
 def find_model_tag(source: str, *, but: str | None = None) -> str:

@@ -38,6 +38,7 @@ HELP = """\
 /seed 1            another number, other replies
 /clear             forget the conversation
 /help              this list
+/quit              leave
 Ctrl-C stops a reply, Ctrl-D leaves."""
 
 COMMANDS = re.findall("^/[a-z]+", HELP, re.MULTILINE)
@@ -95,7 +96,7 @@ def main(config: Config) -> None:
             session.say(config.prompt)
             return
         step = model.meta["step"]
-        print(f"{config.source} model, step {step}. /help lists commands.", flush=True)
+        print(f"{config.source} model {model.tag}, step {step}. /help lists commands.", flush=True)
         converse(session)
 
 
@@ -110,6 +111,8 @@ def converse(session: "Session") -> None:
         try:
             if line is None:
                 print("\n(Ctrl-D leaves)", end="")
+            elif line == "/quit":
+                return
             elif is_command(line):
                 print(session.command(line))
             elif line:

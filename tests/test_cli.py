@@ -1,5 +1,6 @@
 """Command lines: every one that we print parses, and a wrong one is told what would be right."""
 
+import errno
 import importlib
 import re
 import shlex
@@ -253,6 +254,9 @@ def test_a_users_mistake_is_one_line_and_ours_a_traceback(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: batch 3 is odd; use 4\n"
     with pytest.raises(KeyError):
         cli.run(fail(KeyError("ours")), report.Config)
+    with pytest.raises(SystemExit):
+        cli.run(fail(OSError(errno.ENOSPC, "No space left on device")), report.Config)
+    assert "No space left on device: make room, or let JAXCHAT_BASE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,11 @@
 """What JAX and XLA are asked for on the machine at hand."""
 
+import os
+import subprocess
+import sys
+
+import pytest
+
 from jaxchat import devices
 
 
@@ -15,3 +21,17 @@ def test_an_option_that_this_xla_lacks_is_left_out_and_told_once(capsys):
 def test_this_xla_takes_all_that_gpus_are_given():
     assert devices.known(devices.SEVERAL_GPUS) == devices.SEVERAL_GPUS
     assert devices.known(devices.GRAPHS) == devices.GRAPHS
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu", "cpuu"])
+def test_a_platform_that_is_not_there_is_named(platform):
+    """It was a traceback, that for cuda without a word."""
+    asks = "from jaxchat import devices; devices.check_platforms()"
+    done = subprocess.run(
+        [sys.executable, "-c", asks],
+        env={**os.environ, "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: JAX_PLATFORMS={platform} is not on this machine")

@@ -37,11 +37,13 @@ def trained(tag, steps=(10, 20, 30)):
 def test_the_deepest_model_is_found_or_the_missing_one_explained(base_dir):
     with pytest.raises(FileNotFoundError, match=r"train one with python -m scripts\.base_train"):
         find_model_tag("base")
-    with pytest.raises(FileNotFoundError, match=r"train one with python -m scripts\.chat_sft"):
+    with pytest.raises(FileNotFoundError, match=r"scripts\.chat_sft, or .* bash speedrun_jax.sh"):
         find_model_tag("sft")
     for tag in ("d4", "d12", "wide"):
         trained(tag)
     assert find_model_tag("base") == "d12"
+    with pytest.raises(FileNotFoundError, match=r"scripts\.chat_sft, or .*another .*\(-i base\)"):
+        find_model_tag("sft")
     with pytest.raises(ValueError, match="source 'bass': choose one of base, mid"):
         stage_directory("bass", "d4")
 

@@ -159,3 +159,49 @@ def runs(pid):
         return False
     stat = Path(f"/proc/{pid}/stat")
     return not (stat.exists() and stat.read_text().split(")")[1].split()[0] == "Z")
+
+
+LISTENER = """
+import atexit, gc, os, pathlib, signal, time
+from dataclasses import dataclass
+from jaxchat import cli
+
+@dataclass(frozen=True)
+class Config:
+    dropped: bool = False
+    \"""Whether the interrupt comes in a callback, where Python drops it.\"""
+
+def press(phase, info):
+    gc.callbacks.remove(press)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def main(config):
+    atexit.register(pathlib.Path("torn-down").touch)
+    print("begun")
+    if config.dropped:
+        gc.callbacks.append(press)
+        gc.collect()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+cli.run(main, Config)
+"""
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("words", [[], ["--dropped"]])
+def test_an_interrupt_ends_a_program_at_once_wherever_it_comes(tmp_path, words):
+    """While XLA computed, the interpreter's end crashed with a segmentation fault; and in JAX's
+    callback behind a garbage collection the interrupt was lost: the program ran to its end."""
+    (tmp_path / "listener.py").write_text(LISTENER)
+    done = subprocess.run(
+        [sys.executable, "listener.py", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "interrupted\n")
+    assert not (tmp_path / "torn-down").exists(), "the interpreter must not be torn down"
