@@ -169,6 +169,11 @@ def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, 
     assert "There is no /nothing." in out
 
 
+def test_who_quits_is_asked_nothing_more(monkeypatch, capsys):
+    typed(monkeypatch, "/quit", AssertionError("asked"))
+    chat_cli.converse(session(script("ok")))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
