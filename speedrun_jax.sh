@@ -166,7 +166,7 @@ interrupt() {
     local signal=KILL
     if ((!stopped)); then
         signal=TERM
-        echo "stopping: training saves first; Ctrl-C again stops at once" >&2
+        printf "\nstopping: training saves first; Ctrl-C again stops at once\n" >&2 # below a bar
     fi
     stopped=143
     kill "-$signal" "$child" 2>/dev/null || true
