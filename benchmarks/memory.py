@@ -4,10 +4,12 @@
     python -m benchmarks.memory --depth 24 --remat none block
 
 For every way to save memory the step is compiled, not run, and says what it needs with one row at a
-time and with two; the rest is a straight line. The figures are of the device that this runs on: a
-CPU computes in float32, without flash attention, and keeps what remat should spare.
+time and with two; the rest is a straight line. `+ moments` is the last of them with
+`--offload-optimizer` besides. The figures are of the device that this runs on: a CPU computes in
+float32, without flash attention, and keeps what remat should spare.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,11 +51,11 @@ def main(config: Config) -> None:
     )
     backend = JaxBackend(shape, mesh=config.mesh)
     backend.init(0)
-    cards = [f"rows in {size} GB" for size in CARDS]
+    cards = [f"{size} GB" for size in CARDS]
     print_table(
-        f"A step of depth {config.depth} on rows of {config.sequence_len:,} tokens, "
-        f"{backend.devices.description}",
-        ("saved by", "weights GB", "optimizer GB", "one row GB", "each further GB", *cards),
+        f"GB that a step of depth {config.depth} needs on rows of {config.sequence_len:,} tokens, "
+        f"and rows that fit a card; {backend.devices.description}",
+        ("saved by", "weights", "moments", "1 row", "next", *cards),
         lines(config, backend),
     )
 
@@ -66,6 +68,8 @@ def lines(config: Config, backend: JaxBackend) -> Iterator[tuple[str, ...]]:
     tokens = 4 * devices * config.sequence_len  # micro-batches of one row and of two accumulate
     plan = plan_training(backend.config, rules, num_iterations=1, total_batch_size=tokens)
     for saved in savings:
+        flags = f"--remat {saved.remat}{' --offload-optimizer' * saved.offload_optimizer}"
+        print(f"compiling a step with {flags}", file=sys.stderr, flush=True)
         backend.start_training(rules, plan, saved)
         one, two = (
             backend.step_memory((4 // rows, rows * devices, config.sequence_len)) for rows in (1, 2)
@@ -76,8 +80,8 @@ def lines(config: Config, backend: JaxBackend) -> Iterator[tuple[str, ...]]:
             for card in CARDS.values()
         ]
         yield (
-            saved.remat + (", optimizer offloaded" if saved.offload_optimizer else ""),
-            *(f"{x / GB:.3f}" for x in (one.weights, one.optimizer, one.total, further)),
+            "+ moments" if saved.offload_optimizer else saved.remat,
+            *(f"{x / GB:.2f}" for x in (one.weights, one.optimizer, one.total, further)),
             *map(str, fitting),
         )
 

@@ -14,6 +14,7 @@ import random
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,11 +39,38 @@ FINAL_STATUS = {
 
 
 def base_dir() -> Path:
-    """Where everything is kept: JAXCHAT_BASE_DIR, NANOCHAT_BASE_DIR, or ~/.cache/jaxchat."""
+    """Where everything is kept: JAXCHAT_BASE_DIR, NANOCHAT_BASE_DIR, or ~/.cache/jaxchat.
+
+    OSError, with the remedy, where there is none and none can be made.
+    """
     named = os.environ.get("JAXCHAT_BASE_DIR") or os.environ.get("NANOCHAT_BASE_DIR")
     directory = Path(named).expanduser() if named else Path.home() / ".cache" / "jaxchat"
-    directory.mkdir(parents=True, exist_ok=True)
+    with _writing_to(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def check_writable(directory: Path) -> None:
+    """OSError, with the remedy, where no file can be put; asked before slow work, it leaves none.
+
+    Of a folder that is not there yet, the nearest one above it is asked.
+    """
+    with _writing_to(directory):
+        there = next(path for path in (directory, *directory.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
+@contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """What goes wrong in the block is said with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {directory}: {error.strerror}; set JAXCHAT_BASE_DIR to a folder that "
+            "you may write to"
+        ) from error
 
 
 @contextmanager
@@ -70,34 +98,43 @@ def json_numbers(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim(
+    directory: Path,
+    *,
+    name: str = ".claim",
+    remedy: str = "name this run with --output-tag (base_train: --model-tag)",
+) -> Iterator[None]:
     """Own a directory against every other process until the block, or this process, ends.
 
-    OSError when another process owns it, or when it cannot be written to. The system frees a
-    killed owner's claim, so none is ever stale.
+    One that holds nothing else then is removed: who was refused leaves no trace.
+    OSError, with a `remedy`, when another process owns it under the same `name`, or when it cannot
+    be written to. The system frees a killed owner's claim, so none is ever stale.
     """
-    path = directory / ".claim"
-    try:
+    path = directory / name
+    with _writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {directory}: {error.strerror}; set JAXCHAT_BASE_DIR to a folder that "
-            "you may write to"
-        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # removed by its owner since it was opened
         except BlockingIOError:
             file.seek(0)
             raise OSError(
                 f"{directory} is in use by {file.read() or 'another process'}: wait for it, stop "
-                "it, or name this run with --output-tag (base_train: --model-tag)"
+                f"it, or {remedy}"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if [each.name for each in directory.iterdir()] == [name]:
+                with contextlib.suppress(OSError):  # somebody may put a file there meanwhile
+                    path.unlink()
+                    directory.rmdir()
 
 
 @contextmanager

@@ -220,21 +220,54 @@ class Stream:
         return True
 
 
-def rows_per_epoch(
+class Forecast(NamedTuple):
+    """What one pass over conversations will come to, from a sample of them."""
+
+    rows: float
+    """About how many it fills."""
+    conversations: int
+    sampled: int
+    """Looked at; all of them where there are few."""
+    unanswered: int
+    """Of those, without a reply within a row: left out."""
+    truncated: int
+    """Of those, longer than a row: their end is cut off."""
+    sequence_len: int
+
+    def misfits(self) -> str | None:
+        """In one line what becomes of those that do not fit; None where all do."""
+        about = "about " if self.sampled < self.conversations else ""
+        fates = {"left out (no reply within it)": self.unanswered, "cut": self.truncated}
+        told = [
+            f"{about}{round(count * self.conversations / self.sampled):,} {fate}"
+            for fate, count in fates.items()
+            if count
+        ]
+        if not told:
+            return None
+        return (
+            f"context of {self.sequence_len:,} tokens: of {self.conversations:,} conversations "
+            f"{', '.join(told)}"
+        )
+
+
+def forecast(
     conversations: Task, tokenizer: Tokenizer, *, sequence_len: int, sample: int = 2000
-) -> float:
-    """About how many rows one pass over `conversations` fills, from a sample of their lengths."""
+) -> Forecast:
+    """Read up to `sample` of the conversations; malformed ones are left to the loader to tell."""
     chosen = conversations.shuffled(0)[:sample]
     source = Source(chosen, tokenizer, sequence_len + 1, 0)
-    tokens = sum(_room_for(source, index) for index in range(len(chosen)))
+    tokens = unanswered = truncated = 0
+    for index in range(len(chosen)):
+        try:
+            rendered = source.read(index)
+        except ValueError:
+            continue
+        if rendered is None:
+            unanswered += 1
+            continue
+        tokens += len(rendered.ids)
+        truncated += rendered.truncated
     packed = 0.97 * (sequence_len + 1)  # what best fit usually fills (tests/test_chat_loader.py)
-    return tokens / packed * len(conversations) / len(chosen)
-
-
-def _room_for(source: Source, index: int) -> int:
-    """Tokens that a conversation takes in a row: none when it is dropped."""
-    try:
-        rendered = source.read(index)
-    except ValueError:  # the loader will say so
-        return 0
-    return 0 if rendered is None else len(rendered.ids)
+    rows = tokens / packed * len(conversations) / len(chosen)
+    return Forecast(rows, len(conversations), len(chosen), unanswered, truncated, sequence_len)

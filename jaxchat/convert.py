@@ -55,6 +55,9 @@ HUGGING_FACE_FIELDS = {
 }
 """Of its configuration."""
 
+HUGGING_FACE_ORIGIN = "jaxchat"
+"""Entry of an export's config.json: {"stage", "step"} of the model; transformers keeps it."""
+
 HUGGING_FACE_CONSTANTS = {
     "hidden_act": "relu2",
     "attention_bias": False,

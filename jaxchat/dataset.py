@@ -9,6 +9,7 @@ names the content, so a run refuses to continue on other data. Left out: downloa
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,20 @@ import pyarrow.parquet as pq
 
 from jaxchat.artifacts import base_dir
 from jaxchat.embedded_corpus import ensure_embedded_corpus
+from jaxchat.runtime import print0
 
 SPLITS = ("train", "val")
 
-TEXT_SUFFIXES = (".jsonl", ".txt")
+TEXT_SUFFIXES = (".jsonl", ".txt", ".md", ".markdown")
+
+CARD_SUFFIXES = (".md", ".markdown")
+"""Beside parquet files these describe a set, as on the hub, and are not read."""
+
+SHOWN_KINDS = 5
+"""Suffixes that are named when files of a folder are not read, the most frequent."""
 
 FOLDER_GROUP = 256
-"""Documents of a jsonl or txt folder that make one group."""
+"""Documents of a folder of texts that make one group."""
 
 FOLDER_VAL_SHARE = 0.05
 """Share of a folder's documents that validate, chosen by a hash of their text."""
@@ -108,17 +116,14 @@ class ParquetCorpus(Corpus):
 
     def read_group(self, split: str, shard: int, group: int) -> list[str]:
         path = self._files[split][shard]
-        column = pq.ParquetFile(path).read_row_group(group, columns=["text"])["text"]
-        if column.null_count:
-            raise ValueError(
-                f"{path}: {column.null_count} rows of row group {group} have no text (null); write "
-                "the file again without them"
-            )
-        return column.to_pylist()
+        return _read_row_group(pq.ParquetFile(path), path, group)
 
 
 class TextCorpus(Corpus):
-    """jsonl files (field `text`) and txt files, long texts in sections, held in memory."""
+    """jsonl (field `text`), txt and Markdown files, or one parquet file, held in memory.
+
+    Long texts are several documents, and a document's own text decides on its split.
+    """
 
     def __init__(self, where: Path) -> None:
         """`where` is a file, or a folder of them."""
@@ -128,8 +133,8 @@ class TextCorpus(Corpus):
         ordered = sorted(digests, key=lambda text: digests[text])
         if len(ordered) < 2:
             raise ValueError(
-                f"{where} holds {len(ordered)} distinct document(s) in .parquet, .jsonl or .txt "
-                "files; training needs one to learn from and one to validate on"
+                f"{where} holds {len(ordered)} distinct document(s) in .parquet, .jsonl, .txt or "
+                ".md files; training needs one to learn from and one to validate on"
             )
         held_out = max(1, round(FOLDER_VAL_SHARE * len(ordered)))
         self._texts = {"train": ordered[held_out:], "val": ordered[:held_out]}
@@ -162,14 +167,19 @@ def open_corpus(name: str) -> Corpus:
     if name in HUB_DATASETS:
         return _open_hub(HUB_DATASETS[name])
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+    if path.is_file() and path.suffix in (".parquet", *TEXT_SUFFIXES):
         return TextCorpus(path)
     if not path.is_dir():
         known = ", ".join([*HUB_DATASETS, "embedded"])
-        kinds = " or ".join(TEXT_SUFFIXES)
-        raise ValueError(f"corpus {name!r} is neither one of {known}, a folder nor a {kinds} file")
+        kinds = ", ".join((".parquet", *TEXT_SUFFIXES))
+        raise ValueError(
+            f"corpus {name!r} is neither one of {known}, a folder nor a file of {kinds}"
+        )
     files = tuple(_files_below(path, (".parquet",)))
-    return _open_parquet_folder(path, files) if files else TextCorpus(path)
+    if files:
+        return _open_parquet_folder(path, files)
+    _say_unread(path, TEXT_SUFFIXES)
+    return TextCorpus(path)
 
 
 def _open_embedded() -> Corpus:
@@ -198,17 +208,16 @@ def _open_hub(dataset: HubDataset) -> Corpus:
 
 
 def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
-    """The last file validates, as in the hub's sets."""
-    if others := _text_files(directory):
+    """The last file validates, as in the hub's sets; one alone is split by its documents."""
+    kinds = tuple(suffix for suffix in TEXT_SUFFIXES if suffix not in CARD_SUFFIXES)
+    if others := _files_below(directory, kinds):
         raise ValueError(
             f"{directory} holds parquet files and {others[0].relative_to(directory)}, of which one "
             "would be left out: keep one kind of file in a folder and those below it"
         )
-    if len(files) < 2:
-        raise ValueError(
-            f"{directory} holds one parquet file; split it in two: the last one in order of path "
-            "is validated on, the others are trained on"
-        )
+    _say_unread(directory, (".parquet",))
+    if len(files) == 1:
+        return TextCorpus(files[0])
     for path in files:
         _check_parquet(path)
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
@@ -230,6 +239,23 @@ def _check_parquet(path: Path) -> None:
         raise ValueError(f"{path} has no column `text` of strings, but {found}")
 
 
+def _read_parquet(path: Path) -> Iterator[str]:
+    _check_parquet(path)
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        yield from _read_row_group(file, path, group)
+
+
+def _read_row_group(file: pq.ParquetFile, path: Path, group: int) -> list[str]:
+    column = file.read_row_group(group, columns=["text"])["text"]
+    if column.null_count:
+        raise ValueError(
+            f"{path}: {column.null_count} rows of row group {group} have no text (null); write "
+            "the file again without them"
+        )
+    return column.to_pylist()
+
+
 def _text_files(where: Path) -> list[Path]:
     return [where] if where.is_file() else _files_below(where, TEXT_SUFFIXES)
 
@@ -237,6 +263,23 @@ def _text_files(where: Path) -> list[Path]:
 def _files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """In order of path, those of all folders in it too."""
     return sorted(p for p in directory.rglob("*") if p.suffix in suffixes and p.is_file())
+
+
+def _say_unread(directory: Path, suffixes: tuple[str, ...]) -> None:
+    """One line on what a folder holds besides files of these kinds, hidden ones aside."""
+    kinds = Counter(
+        path.suffix or "no suffix"
+        for path in directory.rglob("*")
+        if path.suffix not in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+        and path.is_file()
+    )
+    if kinds:
+        ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{kind} {count:,}" for kind, count in ordered[:SHOWN_KINDS])
+        more = ", ..." if len(kinds) > SHOWN_KINDS else ""
+        total = f"{kinds.total():,} file{'s' * (kinds.total() > 1)}"
+        print0(f"not read in {directory}: {total} of other kinds ({shown}{more})")
 
 
 def sections(text: str) -> Iterator[str]:
@@ -258,11 +301,17 @@ def sections(text: str) -> Iterator[str]:
 
 
 def _read_texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".txt":
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error}; if it is Latin-1, convert it with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+    if path.suffix != ".jsonl":
         yield content
         return
     for number, line in enumerate(content.split("\n"), start=1):

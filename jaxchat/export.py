@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxchat.config import count_params
 from jaxchat.conversation import SYSTEM_SEPARATOR
-from jaxchat.convert import CLASSIC_TYPE, to_hugging_face
+from jaxchat.convert import CLASSIC_TYPE, HUGGING_FACE_ORIGIN, to_hugging_face
 from jaxchat.report import Section, Subject, subject_of
 from jaxchat.report_page import escape
 from jaxchat.sampling_params import CHAT_TEMPERATURE, CHAT_TOP_K, SamplingParams
@@ -110,6 +110,7 @@ def _write(
     tokenizer, config = model.tokenizer, model.backend.config
     tensors, described = to_hugging_face(model.backend.get_params(), config)
     described |= {"dtype": "float32", "use_cache": True, **_special_ids(tokenizer)}
+    described[HUGGING_FACE_ORIGIN] = {"stage": source, "step": model.meta["step"]}
     is_stock = described["model_type"] == CLASSIC_TYPE
     if not is_stock:
         module = MODELING_FILE.removesuffix(".py")
@@ -121,7 +122,7 @@ def _write(
     write_safetensors(folder / WEIGHTS_FILE, tensors)
     for file, content in (
         ("config.json", described),
-        ("generation_config.json", _generation_config(tokenizer)),
+        ("generation_config.json", _generation_config(tokenizer, config.sequence_len)),
         (HUGGING_FACE_FILE, tokenizer.to_hugging_face()),
         ("tokenizer_config.json", _tokenizer_config(tokenizer, config.sequence_len)),
     ):
@@ -135,7 +136,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": end, "pad_token_id": end}
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation_config(tokenizer: Tokenizer, sequence_len: int) -> dict[str, Any]:
     """The defaults of the terminal chat; a text ends at either of two tokens, as in the Engine."""
     ids = _special_ids(tokenizer)
     ends = [ids["eos_token_id"], tokenizer.bos_id]
@@ -143,7 +144,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "do_sample": True,
         "temperature": CHAT_TEMPERATURE,
         "top_k": CHAT_TOP_K,
-        "max_new_tokens": SamplingParams.max_tokens,
+        "max_new_tokens": min(SamplingParams.max_tokens, sequence_len),
     }
     return ids | {"eos_token_id": ends} | sampling
 

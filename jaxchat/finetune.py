@@ -20,7 +20,7 @@ from jaxchat import runtime
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import Backend
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.chat_packing import PackingStats, rows_per_epoch
+from jaxchat.chat_packing import Forecast, PackingStats, forecast
 from jaxchat.checkpoint import CheckpointStore, load_arrays
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.conversation import render_for_completion
@@ -88,6 +88,7 @@ class _Run:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     plan: TrainingPlan
+    foreseen: Forecast
     facts: Mapping[str, Any]
 
     @property
@@ -188,7 +189,8 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         final_lr_frac=options.final_lr_frac,
     )
     length = model.backend.config.sequence_len
-    tokens = length * rows_per_epoch(lesson.train, model.tokenizer, sequence_len=length)
+    foreseen = forecast(lesson.train, model.tokenizer, sequence_len=length)
+    tokens = length * foreseen.rows
     batch = _batch(options, model.backend, store, inherited, pass_tokens=tokens)
     steps = options.num_iterations or max(1, round(options.epochs * tokens / batch))
     plan = TrainingPlan(
@@ -221,6 +223,7 @@ def _prepare(options: FinetuneOptions, lesson: Lesson) -> _Run:
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
+        foreseen=foreseen,
         facts=facts,
     )
 
@@ -264,10 +267,13 @@ def _settled(run: _Run) -> dict[str, Any]:
 def _describe(run: _Run, loop: LoopConfig, start_step: int) -> None:
     plan, lesson = run.plan, run.lesson
     parts = ", ".join(f"{name} {count:,}" for name, count in lesson.parts)
+    misfits = run.foreseen.misfits()
+    fit = f"{misfits}\n" if misfits else ""
     runtime.print0(
         f"{lesson.title} of {run.model.tag} from {run.options.source} step "
         f"{run.model.meta['step']} on {run.backend.devices.description} with {run.backend.name}\n"
         f"{len(lesson.train):,} conversations ({parts})\n"
+        f"{fit}"
         f"{plan.num_iterations:,} steps of {plan.total_batch_size:,} tokens "
         f"({loop.micro_batches} micro-batches); learning rates x "
         f"{plan.lr_scale * run.options.init_lr_frac:.3f}"

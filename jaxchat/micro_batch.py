@@ -36,8 +36,8 @@ def settle_rows(
 
     `before` is what the run has used until now; it counts where it still divides the batch. `card`
     names a preset of memory.py, which may lower what the device allows. Call it after
-    `start_training`. ValueError where not even one row fits, with the remedies: a smaller model is
-    one where it is a `new_model`.
+    `start_training`. Every compilation is told, because they may take minutes. ValueError where not
+    even one row fits, with the remedies: a smaller model is one where it is a `new_model`.
     """
     devices = backend.devices.count
     rows, rest = divmod(plan.total_batch_size, sequence_len * devices)
@@ -45,9 +45,17 @@ def settle_rows(
     if not choices:  # nothing divides: plan.micro_batches says what would
         return 1 if asked is None else asked
     chosen = before if asked is None and before in choices else asked
+    limit = _limit(backend, card)
+    if limit is None:
+        most = max(1, UNKNOWN_MEMORY_TOKENS // sequence_len)
+        return max(n for n in choices if n <= most) if chosen is None else chosen
     needs: dict[int, StepMemory] = {}
 
     def need(rows: int) -> float:
+        runtime.print0(
+            f"fitting rows into {readable(limit)} per device: compiling a step with "
+            f"--device-batch-size {rows}"
+        )
         count = plan.total_batch_size // (rows * devices * sequence_len)
         try:
             needed = backend.step_memory((count, rows * devices, sequence_len))
@@ -59,10 +67,6 @@ def settle_rows(
         needs[rows] = needed
         return needed.total
 
-    limit = _limit(backend, card)
-    if limit is None:
-        most = max(1, UNKNOWN_MEMORY_TOKENS // sequence_len)
-        return max(n for n in choices if n <= most) if chosen is None else chosen
     if chosen is None:
         chosen = largest_that_fits(choices, need, limit)
     elif chosen in choices:

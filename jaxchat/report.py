@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxchat import environment, runtime
-from jaxchat.artifacts import atomic_write
+from jaxchat.artifacts import atomic_write, check_writable
 
 STAGES = (
     "data_download",
@@ -172,6 +172,11 @@ class Report:
         }
         with atomic_write(self._path(stage)) as file:
             json.dump(stored, file, default=_plain, indent=1)
+
+    def check_writable(self) -> None:
+        """OSError, with the remedy, where `add` could not write: to be asked before slow work."""
+        if runtime.is_first_process():
+            check_writable(self.directory / "sections")
 
     def sections(self) -> list[Section]:
         """The stored sections in pipeline order. Raises ValueError naming a damaged file."""

@@ -63,20 +63,32 @@ def with_earlier_rows(
 ) -> Table:
     """`table`, and the rows of other tasks that the same model was given before.
 
-    The same model: the section's `facts` are the same. A row that does not say its limit is left.
+    Of a task that it was given before on more problems, that row stays in place of the new one. The
+    same model: the section's `facts` are the same. A row that does not say its limit is left.
     """
     earlier = next((s for s in sections if s.stage == section_name(source)), None)
     if earlier is None or not any(
         isinstance(part, KeyValues) and dict(part.values) == dict(facts) for part in earlier.parts
     ):
         return table
-    fresh = {row["task"] for row in _rows(table)}
-    kept = [
-        [row[name] for name in COLUMNS]
+    fresh = _by_task(table)
+    kept = {
+        row["task"]: row
         for row in _result_rows(earlier)
-        if row["task"] not in fresh and "limit" in row
+        if "limit" in row and _size(row) > _size(fresh.get(row["task"]))
+    }
+    rows = [*kept.values(), *(row for task, row in fresh.items() if task not in kept)]
+    return Table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows], CAPTION)
+
+
+def outweighed(table: Table, merged: Table) -> list[str]:
+    """A line for each result of `table` that had to give way to a larger sample in `merged`."""
+    kept = _by_task(merged)
+    return [
+        f"{task}: {_cell(row)} now; the result of {kept[task]['problems']} problems stays"
+        for task, row in _by_task(table).items()
+        if _size(kept[task]) > _size(row)
     ]
-    return Table(COLUMNS, [*kept, *table.rows], CAPTION)
 
 
 def summarize(table: Table) -> dict[str, float]:
@@ -148,8 +160,12 @@ def _row(result: ChatResult, limit: int | None) -> Row:
         "centred": result.centered,
         "ended": ended,
         "called": called,
-        "note": f"{result.cropped} prompts cropped" if result.cropped else "",
+        "note": _cropped(result.cropped),
     }
+
+
+def _cropped(prompts: int) -> str:
+    return f"{prompts} prompt{'s' if prompts > 1 else ''} cropped" if prompts else ""
 
 
 def _mean(centred: Mapping[str, float], limit: Value) -> tuple[str, float]:
@@ -180,6 +196,17 @@ def _by_model(sections: Sequence[Section]) -> dict[str, dict[str, Row]]:
 
 def _tasks(found: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return list(dict.fromkeys(name for rows in found.values() for name in rows))
+
+
+def _by_task(table: Table) -> dict[Value, Row]:
+    return {row["task"]: row for row in _rows(table)}
+
+
+def _size(row: Row | None) -> float:
+    """Problems that a row is about: a skipped one has 0, one that is not there less."""
+    problems = -1 if row is None else row["problems"]
+    assert isinstance(problems, int | float), f"{problems!r} problems"
+    return problems
 
 
 def _rows(table: Table) -> list[Row]:

@@ -5,6 +5,7 @@ several files, and bfloat16, which numpy does not have and float32 holds exactly
 """
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +23,10 @@ NUMPY_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """One file that transformers reads (it asks for the format entry)."""
     contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    path.touch()  # as the umask says; the package's own files are for their owner alone
+    mode = path.stat().st_mode
     safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))
 
 
 def read_safetensors(directory: Path) -> dict[str, np.ndarray]:

@@ -118,9 +118,15 @@ def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapp
     for start in wanted:
         try:
             guests.append(start())
-        except Exception as error:  # a missing package or login is no reason not to train
-            print(f"warning: no metrics sink, training goes on without it: {error}")
+        except ModuleNotFoundError as error:
+            _not_started(f"{error}; `uv sync --extra track` installs it")
+        except Exception as error:  # a missing login is no reason not to train
+            _not_started(error)
     return guests
+
+
+def _not_started(why: object) -> None:
+    print(f"warning: no metrics sink, training goes on without it: {why}")
 
 
 class _Wandb:

@@ -22,6 +22,9 @@ from jaxchat.training_stage import LoopConfig, LoopResult, Samples, Stage
 EXIT_INTERRUPTED = 143
 """Exit status after a signal: saved, but not finished."""
 
+CONTINUES = "the same command continues from there (without --resume never)"
+"""What is said of a run that was stopped."""
+
 
 def run_loop(
     stage: Stage,
@@ -90,7 +93,7 @@ def _run(
             if stopping:
                 if step > saved:
                     _save(stage, step, runner, progress)
-                kept = f"step {step} is saved" if step else "no step was done"
+                kept = f"step {step} is saved; {CONTINUES}" if step else "no step was done"
                 progress.say(f"stopped by {(asked_to_stop or ['another process'])[0]}; {kept}")
                 stage.store.finish()
                 return _result(stage, step, runner, interrupted=True)

@@ -61,6 +61,8 @@ class Config:
 def main(config: Config) -> None:
     """Evaluate, print the table, write the CSV, and add a section to the report."""
     started = time.monotonic()
+    report = Report(base_dir())
+    report.check_writable()
     find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     bundle = config.bundle or base_dir() / "eval_bundle"
     is_core = config.bundle is not None or bundle.is_dir()
@@ -79,7 +81,7 @@ def main(config: Config) -> None:
     console.print(f"{name}: {metric:.4f}")
     for folder in (model.path, base_dir() / "report"):  # beside what was judged, and the newest
         write_csv(folder / f"{config.source}_eval.csv", results, label, metric)
-    Report(base_dir()).add(
+    report.add(
         f"{config.source}_eval",
         f"{label[0].upper()}{label[1:]} ({config.source})",
         [

@@ -1,7 +1,9 @@
 """Bits per byte of a model on both splits, and what it writes.
 
-python -m scripts.base_loss
-python -m scripts.base_loss --source sft --corpus climbmix --split-tokens 1000000
+    python -m scripts.base_loss
+    python -m scripts.base_loss --source sft --corpus climbmix --split-tokens 1000000
+
+A section of the report. Left out: how the loss fell, which base_train's section shows.
 """
 
 import time
@@ -67,6 +69,8 @@ class Config:
 def main(config: Config) -> None:
     """Score both splits, sample, print, and add a section to the report."""
     started = time.monotonic()
+    report = Report(base_dir())
+    report.check_writable()
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step
     )
@@ -82,7 +86,7 @@ def main(config: Config) -> None:
     for split, value in scores.items():
         console.print(f"{split}: {value:.4f} bits per byte")
     facts = f"{config.source} step {model.meta['step']} on {corpus.name}"
-    Report(base_dir()).add(
+    report.add(
         f"{config.source}_loss",
         f"Bits per byte and samples ({config.source})",
         [

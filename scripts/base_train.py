@@ -8,6 +8,7 @@ The same command continues a run that was stopped or killed, and gives what the 
 would have given, bit for bit.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,10 +30,11 @@ from jaxchat.config import (
 )
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import Corpus, default_corpus, open_corpus
+from jaxchat.finetune_options import check_seed
 from jaxchat.loss_eval import bits_per_byte, text_batches
 from jaxchat.memory import Savings, savings_of
 from jaxchat.micro_batch import settle_rows
-from jaxchat.plan import TrainingPlan, micro_batches, plan_training
+from jaxchat.plan import TrainingPlan, check_positive, flag, micro_batches, plan_training
 from jaxchat.progress import OnProgress
 from jaxchat.report import Report
 from jaxchat.schedule import schedule_at
@@ -52,6 +54,20 @@ PROMPTS = (
     "Parameters\n----------\n",
 )
 """What the model continues when it is asked for samples."""
+
+POSITIVE = (
+    *("depth", "aspect_ratio", "head_dim", "sequence_len"),
+    *("num_iterations", "target_flops", "target_param_data_ratio"),
+    *("device_batch_size", "total_batch_size"),
+    *("eval_every", "eval_tokens", "sample_every", "save_every", "keep_checkpoints", "max_skipped"),
+)
+"""Options that must be above 0 where they are given."""
+
+NOT_NEGATIVE = (
+    *("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"),
+    *("weight_decay", "warmup_steps"),
+)
+"""Those that may be 0 as well."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,15 @@ class Config:
     """Write TensorBoard events beside the checkpoints."""
 
     def __post_init__(self) -> None:
+        check_positive(**{name: getattr(self, name) for name in POSITIVE})
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{flag(name)} {value}: must be at least 0, and finite")
+        check_seed(self.seed)
         check_new_tag("--model-tag", self.tag)
         self.savings()
+        schedule_of(self)  # ValueError for shares that are none
 
     def savings(self) -> Savings:
         """ValueError for a card or a policy that there is not."""
@@ -150,6 +173,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the horizon, evaluate, and add a section to the report."""
+    Report(base_dir()).check_writable()
     store = CheckpointStore(stage_directory("base", config.tag), keep=config.keep_checkpoints)
     with store.claim():
         train(config, store)
@@ -164,6 +188,8 @@ def train(config: Config, store: CheckpointStore) -> None:
     corpus = open_corpus(config.corpus or default_corpus())
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)
+    batches_of(config, backend, plan, config.device_batch_size or 1)  # ValueError if none will do
+    describe(backend, plan, corpus)
     facts = {
         "tokenizer": tokenizer.fingerprint,
         "corpus": corpus.fingerprint,
@@ -176,6 +202,8 @@ def train(config: Config, store: CheckpointStore) -> None:
     savings = config.savings()
     backend.start_training(optimizer, plan, savings)
     start = begin(store, backend, facts, resume=config.resume)
+    if start["step"]:
+        runtime.print0(f"continuing {config.tag} at step {start['step']}")
     rows = settle_rows(
         backend,
         plan,
@@ -186,7 +214,7 @@ def train(config: Config, store: CheckpointStore) -> None:
     )
     config = replace(config, device_batch_size=rows, **asdict(savings))
     loop = loop_of(config, backend, plan, rows)
-    describe(config, backend, plan, loop, start["step"])
+    runtime.print0(f"micro-batches of a step: {loop.micro_batches}, each of {rows} rows per device")
     result = carry_out(
         store,
         backend,
@@ -260,12 +288,7 @@ def plan_of(config: Config, model: GPTConfig, optimizer: OptimizerConfig) -> Tra
 def loop_of(config: Config, backend: Backend, plan: TrainingPlan, rows: int) -> LoopConfig:
     return LoopConfig(
         num_iterations=plan.num_iterations,
-        micro_batches=micro_batches(
-            plan,
-            sequence_len=config.sequence_len,
-            device_batch_size=rows,
-            devices=backend.devices.count,
-        ),
+        micro_batches=batches_of(config, backend, plan, rows),
         flops_per_token=flops_per_token(backend.config),
         eval_every=config.eval_every,
         save_every=config.save_every,
@@ -274,23 +297,30 @@ def loop_of(config: Config, backend: Backend, plan: TrainingPlan, rows: int) -> 
     )
 
 
-def describe(
-    config: Config, backend: Backend, plan: TrainingPlan, loop: LoopConfig, start_step: int
-) -> None:
-    """Print what depth came to."""
+def batches_of(config: Config, backend: Backend, plan: TrainingPlan, rows: int) -> int:
+    """Micro-batches of a step; ValueError where `rows` a device make no whole number of them."""
+    return micro_batches(
+        plan,
+        sequence_len=config.sequence_len,
+        device_batch_size=rows,
+        devices=backend.devices.count,
+    )
+
+
+def describe(backend: Backend, plan: TrainingPlan, corpus: Corpus) -> None:
+    """Print what depth came to, and what is read, before anything takes long."""
     model, counts = backend.config, count_params(backend.config)
+    flops = plan.target_tokens * flops_per_token(model)
     runtime.print0(
         f"d{model.n_layer}: width {model.n_embd}, {model.n_head} heads of {model.head_dim}, "
         f"windows {'/'.join(map(str, model.window_sizes))}, {sum(counts.values()):,} parameters "
         f"({', '.join(f'{name} {count:,}' for name, count in counts.items())})\n"
         f"on {backend.devices.description} with {backend.name}\n"
-        f"{plan.num_iterations:,} steps of {plan.total_batch_size:,} tokens "
-        f"({loop.micro_batches} micro-batches) = {plan.target_tokens:,} tokens, "
-        f"{plan.target_tokens * loop.flops_per_token:.3e} FLOPs; learning rates x "
+        f"reading {corpus.name}\n"
+        f"{plan.num_iterations:,} steps of {plan.total_batch_size:,} tokens = "
+        f"{plan.target_tokens:,} tokens, {flops:.3e} FLOPs; learning rates x "
         f"{plan.lr_scale:.3f}, weight decay {plan.weight_decay:.3f}"
     )
-    if start_step:
-        runtime.print0(f"continuing {config.tag} at step {start_step}")
 
 
 def train_loader(

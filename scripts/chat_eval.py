@@ -8,7 +8,8 @@
 ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
 them it asks what needs no network, about the embedded documentation above all, and says that this
 is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The report shows
-the stages side by side, and keeps what the same model has been asked before.
+the stages side by side, and keeps what the same model has been asked before: of a task that it was
+asked twice, the larger sample.
 """
 
 import time
@@ -31,6 +32,7 @@ from jaxchat.task_report import (
     compact,
     figures,
     manners,
+    outweighed,
     result_table,
     section_name,
     side_by_side,
@@ -38,7 +40,7 @@ from jaxchat.task_report import (
     with_earlier_rows,
 )
 from jaxchat.tasks.base import Task
-from jaxchat.tasks.mixtures import check_source, default_source, eval_names, eval_task
+from jaxchat.tasks.mixtures import check_source, default_source, eval_names, eval_task, is_own
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Config:
 def main(config: Config) -> None:
     """Evaluate, print the table, and add the stage and the comparison to the report."""
     started = time.monotonic()
+    report = Report(base_dir())
+    report.check_writable()
     find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
     tasks = choose_tasks(config)
     model = load_model(
@@ -84,11 +88,12 @@ def main(config: Config) -> None:
     )
     results = evaluate(config, model, tasks)
     facts = model_facts(config.source, model.tag, model.meta)
-    report = Report(base_dir())
     fresh = result_table(results, config.max_problems)
     table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)
     console = make_console()
     console.print(on_screen(compact(table)))
+    for line in outweighed(fresh, table):
+        console.print(line)
     summary = summarize(table)
     for name, value in summary.items():
         console.print(f"{name}: {value:.4f}")
@@ -107,10 +112,12 @@ def main(config: Config) -> None:
 def choose_tasks(config: Config) -> list[Task]:
     """The tasks that were asked for, or all of the data at hand; each is opened before any runs."""
     source = config.data or default_source()
-    asked = [name.strip() for words in config.task for name in words.split("|") if name.strip()]
+    words = [name.strip() for words in config.task for name in words.split("|") if name.strip()]
+    asked = {name if is_own(name) else name.lower(): name for name in words}  # each once
     if not asked:
         check_source(source)
-    return [eval_task(name, sandbox=config.sandbox) for name in asked or eval_names(source)]
+    names = asked.values() or eval_names(source)
+    return [eval_task(name, sandbox=config.sandbox) for name in names]
 
 
 def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[ChatResult]:

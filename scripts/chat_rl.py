@@ -15,7 +15,7 @@ continues a run that was stopped or killed.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -55,6 +55,9 @@ SCHEDULE = ScheduleConfig(warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0)
 PASS_AT = (1, 2, 4, 8)
 """k of the pass@k that are reported."""
 
+MOST_ROWS = 8
+"""Rollouts per device and micro-batch where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -85,8 +88,8 @@ class Config:
     """Choose among so many of the likeliest tokens; 0 for all."""
     slots: int = RolloutConfig.slots
     """Replies that a device writes at the same time: lower it when memory runs out."""
-    device_batch_size: int = 8
-    """Rollouts per device and micro-batch: lower it when memory runs out."""
+    device_batch_size: int | None = None
+    """Rollouts per device and micro-batch: as many as divide a step, 8 at most, when not set."""
     card: int | None = None
     """Preset of what saves memory on a card of 8, 16, 24 or 80 GB, not what the source saved."""
     remat: str | None = None
@@ -127,6 +130,8 @@ class Config:
             slots=self.slots,
             device_batch_size=self.device_batch_size,
             lr_frac=self.lr_frac,
+            eval_every=self.eval_every,
+            save_every=self.save_every,
             eval_questions=self.eval_questions,
             eval_samples=self.eval_samples,
         )
@@ -157,6 +162,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Train, measure, and add a section to the report."""
+    Report(base_dir()).check_writable()
     ends = ("rl", config.source, config.model_tag, config.step, config.output_tag)
     found, output = find_source(*ends), find_output(*ends)
     source = config.data or default_source()
@@ -169,17 +175,23 @@ def main(config: Config) -> None:
         mesh=config.mesh,
     )
     store = CheckpointStore(output, keep=config.keep_checkpoints)
+    config = replace(config, device_batch_size=settled_rows(config, model.backend.devices.count))
+    loop = loop_of(config, model, plan_of(config, model, task)[0])
     with store.claim():
-        train(config, model, store, task, judged)
+        train(config, model, store, task, judged, loop)
 
 
 def train(
-    config: Config, model: LoadedModel, store: CheckpointStore, task: Task, judged: Task
+    config: Config,
+    model: LoadedModel,
+    store: CheckpointStore,
+    task: Task,
+    judged: Task,
+    loop: LoopConfig,
 ) -> None:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     plan, optimizer = plan_of(config, model, task)
-    loop = loop_of(config, model, plan)
     before = recorded(store, model.backend, "rollouts", resume=config.resume)
     facts = as_before(facts_of(config, model, task, plan, optimizer), before)
     inherited = Inherited.of(model.meta)
@@ -187,10 +199,15 @@ def train(
     model.backend.start_training(optimizer, plan, savings)
     start = begin(store, model.backend, facts, resume=config.resume)
     runtime.print0(
-        f"reinforcement learning of {model.tag} from {config.source} step {model.meta['step']} on "
-        f"{len(task):,} questions of {task.name}: {plan.num_iterations:,} steps of "
-        f"{config.questions} x {config.samples} replies on {model.backend.devices.description}"
+        f"Reinforcement learning of {model.tag} from {config.source} step {model.meta['step']} on "
+        f"{model.backend.devices.description} with {model.backend.name}\n"
+        f"{len(task):,} questions of {task.name}\n"
+        f"{plan.num_iterations:,} steps of {config.questions} x {config.samples} replies "
+        f"({loop.micro_batches} micro-batches); learning rates x "
+        f"{plan.lr_scale * config.lr_frac:.3f}"
     )
+    if start["step"]:
+        runtime.print0(f"continuing at step {start['step']}")
     result = carry_out(
         store,
         model.backend,
@@ -224,18 +241,35 @@ def plan_of(config: Config, model: LoadedModel, task: Task) -> tuple[TrainingPla
     return plan, inherited.optimizer.scaled(config.lr_frac)
 
 
-def loop_of(config: Config, model: LoadedModel, plan: TrainingPlan) -> LoopConfig:
-    rows, devices = config.rollouts().rows, model.backend.devices.count
-    micro = config.device_batch_size * devices
-    if rows % micro:
+def settled_rows(config: Config, devices: int) -> int:
+    """Rollouts per device and micro-batch: those asked for, or the most that divide a step.
+
+    ValueError where they do not.
+    """
+    rows, asked = config.rollouts().rows, config.device_batch_size
+    words = f"{config.questions} questions x {config.samples} samples = {rows} rollouts"
+    if rows % devices:
         raise ValueError(
-            f"{config.questions} questions x {config.samples} samples = {rows} rollouts are not a "
-            f"multiple of device_batch_size={config.device_batch_size} x {devices} device(s); use "
-            f"--device-batch-size {math.gcd(rows, micro) // devices or 1}"
+            f"{words} are not a multiple of {devices} devices; use --questions "
+            f"{-(-config.questions // devices) * devices}"
         )
+    most = rows // devices
+    if asked is None:
+        return max(n for n in range(1, MOST_ROWS + 1) if most % n == 0)
+    if most % asked:
+        raise ValueError(
+            f"{words} are not a multiple of device_batch_size={asked} x {devices} device(s); use "
+            f"--device-batch-size {math.gcd(most, asked)}"
+        )
+    return asked
+
+
+def loop_of(config: Config, model: LoadedModel, plan: TrainingPlan) -> LoopConfig:
+    assert config.device_batch_size is not None, "settled_rows has settled it"
+    micro = config.device_batch_size * model.backend.devices.count
     return LoopConfig(
         num_iterations=plan.num_iterations,
-        micro_batches=rows // micro,
+        micro_batches=config.rollouts().rows // micro,
         flops_per_token=flops_per_token(model.backend.config),
         eval_every=config.eval_every,
         save_every=config.save_every,

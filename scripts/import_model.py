@@ -3,9 +3,9 @@
     python -m scripts.import_model --source nanochat ~/.cache/nanochat/base_checkpoints/d20
     python -m scripts.import_model --source hf DIR --stage sft
 
-It becomes a checkpoint of a stage, with its tokenizer, in the base directory. All of it is checked
-first; what does not fit is told in one error and then nothing is written. Nothing in the files is
-executed.
+It becomes a checkpoint of a stage, with its tokenizer, in the base directory. A folder that
+scripts.export wrote says stage and step itself. All of it is checked first; what does not fit is
+told in one error and then nothing is written. Nothing in the files is executed.
 """
 
 import json
@@ -38,11 +38,11 @@ class Config:
     source: Literal["nanochat", "hf"]
     """nanochat: model_*.pt and meta_*.json; hf: config.json and safetensors."""
     stage: Annotated[StageName | None, cli.arg(aliases=["-i"])] = None
-    """What it is here (base continues text); by its parent folder's name when not set, or base."""
+    """What it is here; as its export or its parent folder's name says when not set, or base."""
     model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Its name here; d<layers> when not set."""
     step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
-    """nanochat: which checkpoint, the newest when not set; hf: its number here, 0 when not set."""
+    """nanochat: which checkpoint, or the newest; hf: its number here, or its export's, or 0."""
     tokenizer: Path | None = None
     """Its tokenizer.pkl or tokenizer.json; looked for in the folder and beside it when not set."""
     backend: BackendName = DEFAULT_BACKEND
@@ -61,6 +61,8 @@ class Foreign(NamedTuple):
     tokenizer: Tokenizer
     step: int
     origin: Mapping[str, Any]
+    stage: str | None = None
+    """Where the model itself says it."""
 
 
 def main(config: Config) -> None:
@@ -75,7 +77,7 @@ def main(config: Config) -> None:
             f"the tokenizer has {model.tokenizer.vocab_size} tokens, the model "
             f"{model.config.vocab_size}: give the model's own with --tokenizer"
         )
-    stage = config.stage or stage_of(config.path)
+    stage = config.stage or model.stage or stage_of(config.path)
     tag = config.model_tag or f"d{model.config.n_layer}"
     store = CheckpointStore(stage_directory(stage, tag))
     if store.steps():
@@ -127,7 +129,26 @@ def read_hugging_face(config: Config) -> Foreign:
     tokenizer = read_tokenizer(config)
     model, params = convert.from_hugging_face(read_safetensors(config.path), described)
     origin = {"source": "hf", "file": str(config.path), "config": described}
-    return Foreign(model, params, tokenizer, config.step or 0, origin)
+    stage, exported_step = exported_as(described)
+    step = exported_step if config.step is None else config.step
+    return Foreign(model, params, tokenizer, step, origin, stage)
+
+
+def exported_as(described: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Stage and step that scripts.export wrote into config.json: no stage and 0 where it did not.
+
+    ValueError for what it never writes.
+    """
+    said = described.get(convert.HUGGING_FACE_ORIGIN)
+    if said is None:
+        return None, 0
+    stage, step = (said.get("stage"), said.get("step")) if isinstance(said, dict) else (None, None)
+    if stage not in STAGE_FOLDERS or type(step) is not int or step < 0:
+        raise ValueError(
+            f"config.json says {convert.HUGGING_FACE_ORIGIN}={said!r:.80}, which should be a stage "
+            f"({', '.join(STAGE_FOLDERS)}) and a step from 0 on: correct the entry or remove it"
+        )
+    return stage, step
 
 
 def read_json(path: Path) -> dict[str, Any]:

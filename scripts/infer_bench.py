@@ -29,6 +29,7 @@ from jaxchat import cli
 from jaxchat.backend import Backend, BackendName, backend_class
 from jaxchat.config import GPTConfig, count_params
 from jaxchat.engine import TOKENS_PER_DISPATCH, Engine
+from jaxchat.plan import check_positive
 from jaxchat.request import Request
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.stages import StageName, load_model
@@ -49,10 +50,12 @@ SMALLEST_VOCAB = 256 + len(SPECIAL_NAMES)
 class Config:
     """What is measured."""
 
-    source: StageName = "sft"
+    source: Annotated[StageName, cli.arg(aliases=["-i"])] = "sft"
     """Stage of the model, where no depth is given."""
-    model_tag: str | None = None
+    model_tag: Annotated[str | None, cli.arg(aliases=["-g"])] = None
     """Model of that stage, such as d12; the deepest when not set."""
+    step: Annotated[int | None, cli.arg(aliases=["-s"])] = None
+    """Which checkpoint; the newest when not set."""
     depth: int | None = None
     """Fresh weights of the model of this depth, instead of a checkpoint."""
     vocab_size: int = 32768
@@ -82,13 +85,16 @@ class Config:
     """Also answer so many requests one after the other and at the same time, and compare."""
 
     def __post_init__(self) -> None:
-        numbers = (*self.batch_sizes, self.prompt_tokens, self.new_tokens, self.rounds)
-        if not self.batch_sizes or not self.backends or min(numbers) < 1 or self.sequential < 0:
-            raise ValueError(
-                f"batch_sizes={self.batch_sizes}, backends={self.backends}, prompt_tokens="
-                f"{self.prompt_tokens}, new_tokens={self.new_tokens} and rounds={self.rounds} "
-                "must be at least 1"
-            )
+        check_positive(
+            batch_sizes=min(self.batch_sizes, default=0),
+            backends=len(self.backends),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            rounds=self.rounds,
+            tokens_per_dispatch=self.tokens_per_dispatch,
+        )
+        if self.sequential < 0:
+            raise ValueError(f"--sequential {self.sequential}: must be at least 0")
         if self.new_tokens < 2:
             raise ValueError(
                 f"new_tokens={self.new_tokens} leaves no time between two tokens to measure: "
@@ -144,23 +150,26 @@ def main(config: Config) -> None:
     results: list[dict[str, Any]] = []
     for batch_size in config.batch_sizes:
         results += sweep(config, models, batch_size, bandwidth)
+    together = continuous(config, models) if config.sequential else None
     document = {
         "config": asdict(config),
         "model": asdict(next(iter(models.values()))[0].config),
         "devices": {name: model[0].devices.description for name, model in models.items()},
         "bandwidth_bytes_per_s": bandwidth,
         "results": results,
-        "continuous": continuous(config, models) if config.sequential else None,
+        "continuous": together,
         "peak_host_bytes": peak_host_bytes(),
     }
-    Console(stderr=True).print(on_screen(results))
+    Console(stderr=True).print(on_screen(results, config.sequential, together))
     print(json.dumps(document), flush=True)
 
 
 def load(config: Config, name: str) -> tuple[Backend, Tokenizer]:
     """A checkpoint on one device, or fresh weights."""
     if config.depth is None:
-        model = load_model(config.source, backend=name, model_tag=config.model_tag, device=0)
+        model = load_model(
+            config.source, backend=name, model_tag=config.model_tag, step=config.step, device=0
+        )
         config.check_room(model.backend.config.sequence_len)
         return model.backend, model.tokenizer
     shape = GPTConfig.from_depth(
@@ -362,10 +371,18 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def on_screen(rows: list[dict[str, Any]]) -> Table:
+def on_screen(
+    rows: list[dict[str, Any]], sequential: int = 0, together: dict[str, float] | None = None
+) -> Table:
+    """A row a backend and batch; below them how much faster `sequential` requests are together."""
+    ratios = [
+        f"{name}: {sequential} requests together end {ratio:.2f} times as fast as one by one"
+        for name, ratio in (together or {}).items()
+    ]
     shown = Table(
         *("backend", "batch", "first token ms", "per token ms", "tokens/s", "roofline"),
         *("cache MB", "x"),
+        caption="\n".join(ratios) or None,
     )
     for row in rows:
         shown.add_row(

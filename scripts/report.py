@@ -3,8 +3,8 @@
     python -m scripts.report
 
 Writes report.md and its pictures in the base directory, copies both (report.md, report_files/)
-into the current directory, and prints where. It only reads what the stages stored, so it can run
-at any time, on any machine that sees the base directory.
+into the current directory, and prints where. What the stages stored stays as it is, so it can run
+at any time, on any machine that may write to the base directory.
 """
 
 import shutil
@@ -32,6 +32,7 @@ def main(config: Config) -> None:
         raise ValueError(
             f"nothing to report in {report.directory}: run a stage first (bash speedrun_jax.sh)"
         )
+    report.check_writable()
     print(copy(render(report), config.output))
 
 

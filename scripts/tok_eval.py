@@ -34,7 +34,7 @@ class Config:
     ranks_dir: Path | None = None
     """Folder with r50k_base.tiktoken and cl100k_base.tiktoken; tiktoken's cache when not set."""
     corpus: str | None = None
-    """Corpus whose documents are compressed; the machine's default when not set."""
+    """Corpus whose documents are compressed; when not set what the tokenizer was trained on."""
     max_chars: int = 500_000
     """Characters taken from each split of the corpus."""
 
@@ -145,7 +145,8 @@ def main(config: Config) -> None:
     others = load_published(config.ranks_dir)
     encoders = {"ours": tokenizer.encode, **{n: e.encode_ordinary for n, e in others.items()}}
     kinds = {kind: [text] for kind, text in TEXTS.items()}
-    kinds |= corpus_texts(config.corpus, max_chars=config.max_chars)
+    source = open_source(config.corpus, tokenizer)
+    kinds |= corpus_texts(source, max_chars=config.max_chars)
     rows = [compress(kind, texts, encoders) for kind, texts in kinds.items()]
     sizes = {"ours": tokenizer.vocab_size, **{n: e.n_vocab for n, e in others.items()}}
     notes = f"Vocabularies: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."
@@ -186,9 +187,34 @@ def load_published(ranks_dir: Path | None) -> dict[str, tiktoken.Encoding]:
     return found
 
 
-def corpus_texts(corpus: str | None, *, max_chars: int) -> dict[str, list[str]]:
+def open_source(corpus: str | None, tokenizer: Tokenizer) -> dataset.Corpus:
+    """The corpus asked for, else the one that the report says of this tokenizer, else the default.
+
+    ValueError where the corpus is gone.
+    """
+    trained_on = None if corpus else _trained_on(tokenizer)
+    try:
+        return dataset.open_corpus(corpus or trained_on or dataset.default_corpus())
+    except ValueError as error:
+        if trained_on is None:
+            raise
+        raise ValueError(
+            f"{error} (the tokenizer was trained on it; name another with --corpus)"
+        ) from error
+
+
+def _trained_on(tokenizer: Tokenizer) -> str | None:
+    """The corpus in tok_train's section, if that section is about this very tokenizer."""
+    for section in report.Report(artifacts.base_dir()).sections():
+        for part in section.parts if section.stage == "tok_train" else ():
+            values = part.values if isinstance(part, report.KeyValues) else {}
+            if values.get("tokenizer fingerprint") == tokenizer.fingerprint:
+                return str(values["corpus"])
+    return None
+
+
+def corpus_texts(source: dataset.Corpus, *, max_chars: int) -> dict[str, list[str]]:
     """Documents of each split, about `max_chars` characters in all."""
-    source = dataset.open_corpus(corpus or dataset.default_corpus())
     return {
         f"{source.name} ({split})": list(source.iter_texts(split, max_chars=max_chars))
         for split in ("train", "val")
@@ -215,9 +241,9 @@ def tabulate(rows: Sequence[Compression], others: Sequence[str]) -> report.Table
             more = row.tokens["ours"] / max(1, row.tokens[name]) - 1
             line += [f"{row.bytes_per_token(name):.2f}", f"{more:+.1%}"]
         cells.append(line)
-    caption = (
-        "Bytes per token, more is better (raw bytes: 1.00); vs: tokens more or less than theirs"
-    )
+    caption = "Bytes per token, more is better (raw bytes: 1.00)"
+    if others:
+        caption += "; vs: tokens more or less than theirs"
     return report.Table(columns, cells, caption)
 
 

@@ -68,20 +68,33 @@ class Reading:
 
 
 def main(config: Config) -> None:
-    """Train, save, and add the section `tok_train` to the report."""
+    """Train, save, and add the section `tok_train` to the report, alone in the base directory."""
+    base = artifacts.base_dir()
+    card = report.Report(base)
+    card.check_writable()
+    own = artifacts.claim(
+        base, name=".tokenizer.claim", remedy="set JAXCHAT_BASE_DIR to another folder"
+    )
+    with own:
+        learn(config, base, card)
+
+
+def learn(config: Config, base: Path, card: report.Report) -> None:
+    """What `main` says, in a base directory where no other process makes a tokenizer."""
     start, console = time.monotonic(), Console(highlight=False, markup=False)
     corpus = dataset.open_corpus(config.corpus or dataset.default_corpus())
     reading = Reading(
         corpus.iter_texts("train"), max_chars=config.max_chars, doc_cap=config.doc_cap
     )
     tokenizer = train(reading, config.vocab_size, console)
-    directory = artifacts.base_dir() / "tokenizer"
+    directory = base / "tokenizer"
     earlier = set_aside(directory, tokenizer)
     tokenizer.save(directory)
     seconds = time.monotonic() - start
     console.print(
         f"{tokenizer.vocab_size:,} tokens from {reading.documents:,} documents, "
-        f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s: {directory}",
+        f"{reading.chars:,} characters of {corpus.name} in {seconds:.1f} s, reading included: "
+        f"{directory}",
         soft_wrap=True,
     )
     if earlier is not None:
@@ -113,9 +126,7 @@ def main(config: Config) -> None:
         )
         console.print(notice)
         parts.append(report.Text(notice))
-    report.Report(artifacts.base_dir()).add(
-        "tok_train", "Tokenizer: training", parts, wall_seconds=seconds
-    )
+    card.add("tok_train", "Tokenizer: training", parts, wall_seconds=seconds)
 
 
 def set_aside(directory: Path, tokenizer: Tokenizer) -> Path | None:

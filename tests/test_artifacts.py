@@ -8,11 +8,20 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from jaxchat import artifacts
-from jaxchat.artifacts import Remote, atomic_write, base_dir, download, hub_file, hub_url
+from jaxchat.artifacts import (
+    Remote,
+    atomic_write,
+    base_dir,
+    check_writable,
+    download,
+    hub_file,
+    hub_url,
+)
 from scripts import data_download
 
 BODY = bytes(itertools.islice(itertools.cycle(range(251)), 300_000))
@@ -329,6 +338,46 @@ def test_what_is_written_others_may_read(tmp_path):
         file.write("x")
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_and_nothing_is_left(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "folder", Path("/proc/folder")):
+        with pytest.raises(OSError, match=r"cannot write to .*folder: .*; set JAXCHAT_BASE_DIR"):
+            check_writable(place)
+
+
+def test_a_claim_on_what_stays_empty_leaves_no_folder(tmp_path):
+    empty, full = tmp_path / "empty", tmp_path / "full"
+    with pytest.raises(ValueError, match="refused"), artifacts.claim(empty):
+        raise ValueError("refused")
+    assert not empty.exists()
+    with artifacts.claim(full):
+        (full / "file").touch()
+    assert sorted(path.name for path in full.iterdir()) == [".claim", "file"]
+
+
+def test_a_claim_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch):
+    """Two who come as a third goes: one has opened the file that the third removes."""
+    lock = artifacts.fcntl.flock
+
+    def late(file, how):
+        (tmp_path / ".claim").unlink()
+        (tmp_path / ".claim").touch()
+        lock(file, how)
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", late)
+    with pytest.raises(OSError, match="is in use by another process"), artifacts.claim(tmp_path):
+        pytest.fail("it owns a file that is not there")
+
+
+def test_a_base_directory_that_cannot_be_made_says_what_to_set(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
+    with pytest.raises(OSError, match=r"cannot write to .*base: .*; set JAXCHAT_BASE_DIR"):
+        base_dir()
 
 
 def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxchat import cli
 from jaxchat.config import GPTConfig
 from jaxchat.dataset import Corpus
 from jaxchat.jax_backend import JaxBackend
@@ -36,3 +37,70 @@ def test_validation_reads_the_held_out_split_once_at_most(asked, batches):
     assert 7 < bpb < 9  # log2 of the vocabulary, for a byte a token
     assert len(heard) == batches
     assert heard[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--depth 0", "--depth 0: must be above 0"),
+        ("--depth -3", "--depth -3: must be above 0"),
+        ("--matrix-lr -1", "--matrix-lr -1.0: must be at least 0"),
+        ("--scalar-lr nan", "--scalar-lr nan: must be at least 0"),
+        ("--embedding-lr inf", "--embedding-lr inf: must be at least 0, and finite"),
+        ("--weight-decay -0.1", "--weight-decay -0.1: must be at least 0"),
+        ("--target-flops inf", "--target-flops inf: must be at least 0, and finite"),
+        ("--eval-tokens -5", "--eval-tokens -5: must be above 0"),
+        ("--eval-every 0", "--eval-every 0: must be above 0"),
+        ("--save-every -1", "--save-every -1: must be above 0"),
+        ("--seed -1", "--seed -1: give a number from 0"),
+        ("--max-skipped -3", "--max-skipped -3: must be above 0"),
+        ("--warmdown-ratio 2", "warmdown_ratio=2.0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_once(words, message, capsys, base_dir):
+    """Some were found after minutes of compiling, and left a folder; some trained."""
+    with pytest.raises(SystemExit):
+        cli.parse(base_train.Config, words.split())
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not list(base_dir.iterdir())
+
+
+class Began(Exception):
+    """What takes long has begun."""
+
+
+@pytest.fixture
+def book(base_dir, monkeypatch):
+    """A base directory with a tokenizer, a corpus, and a backend that comes to no weights."""
+    Tokenizer([bytes([b]) for b in range(256)]).save(base_dir / "tokenizer")
+    path = base_dir / "book"
+    path.mkdir()
+    (path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+
+    def init(*_):
+        raise Began
+
+    monkeypatch.setattr(JaxBackend, "init", init)
+    return path
+
+
+def config_of(book, **options):
+    sizes = {"depth": 1, "aspect_ratio": 32, "head_dim": 32, "sequence_len": 64}
+    return base_train.Config(corpus=str(book), **{**sizes, "total_batch_size": 512, **options})
+
+
+def test_model_and_corpus_are_told_before_anything_takes_long(book, capsys):
+    """Nothing was said for as long as steps were compiled, and never what was read."""
+    with pytest.raises(Began):
+        base_train.main(config_of(book))
+    said = capsys.readouterr().out
+    assert "d1: width 32" in said
+    assert f"reading {book}\n" in said
+    assert "steps of 512 tokens" in said
+
+
+@pytest.mark.parametrize("wrong", [{"total_batch_size": 500}, {"device_batch_size": 3}])
+def test_a_batch_that_does_not_divide_leaves_no_folder(book, base_dir, wrong):
+    with pytest.raises(ValueError, match="is not a multiple of"):
+        base_train.main(config_of(book, **wrong))
+    assert not list((base_dir / "base_checkpoints").iterdir())

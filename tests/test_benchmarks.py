@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks import loader, memory, scaling, startup, train_step
+from benchmarks import figures, loader, memory, scaling, startup, train_step
 from benchmarks.figures import Figure, share
 from jaxchat import cli
+from jaxchat.backend import DeviceInfo
 from jaxchat.config import GPTConfig
-from jaxchat.memory import REMAT
+from jaxchat.memory import REMAT, StepMemory
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,12 +167,40 @@ def test_a_step_is_measured_where_the_command_line_and_our_tokenizer_are_missing
     assert_finite(rows, train_step.COLUMNS)
 
 
+class Weighed:
+    """A backend whose every step needs what depth 24 would."""
+
+    def __init__(self, config, **_):
+        self.config, self.devices = config, DeviceInfo("gpu", 8, "8 x NVIDIA H100 80GB HBM3", None)
+
+    def init(self, seed): ...
+
+    def start_training(self, *_): ...
+
+    def step_memory(self, shape):
+        return StepMemory(12_345_678_901, 23_456_789_012, 10**9 * shape[1] // 8)
+
+
+def test_the_table_of_memory_fits_a_terminal_and_each_policy_is_told(monkeypatch, capsys):
+    """Headers were `weigh…` and `optim…`, and two rows `offlo…`."""
+    monkeypatch.setattr(memory, "JaxBackend", Weighed)
+    monkeypatch.setattr(figures, "console", lambda: Console(width=80))
+    memory.main(memory.Config(depth=24))
+    told = capsys.readouterr()
+    assert "…" not in told.out
+    assert [row[0] for row in rows_of(told.out)] == [*REMAT, "+ moments"]
+    assert told.err.splitlines() == [
+        *(f"compiling a step with --remat {remat}" for remat in REMAT),
+        "compiling a step with --remat offload --offload-optimizer",
+    ]
+
+
 @pytest.mark.slow
 def test_memory_of_a_step_by_what_saves_some(base_dir, capsys):
     sizes = {"aspect_ratio": 32, "head_dim": 32, "vocab_size": 300}
     memory.main(memory.Config(depth=1, sequence_len=64, **sizes))
     rows = rows_of(capsys.readouterr().out)
-    assert [row[0] for row in rows] == [*REMAT, "offload, optimizer offloaded"]
+    assert [row[0] for row in rows] == [*REMAT, "+ moments"]
     for row in rows:
         fitting = [int(cell) for cell in row[5:]]
         assert fitting == sorted(fitting)

@@ -132,6 +132,12 @@ def test_tasks_may_be_given_in_a_row_or_again_and_again():
         chat_eval.Config(max_problems=0)
 
 
+def test_a_task_that_is_named_twice_is_asked_once():
+    for words in (["-a", "Arithmetic", "-a", "Arithmetic"], ["-a", "arithmetic|Arithmetic"]):
+        tasks = chat_eval.choose_tasks(cli.parse(chat_eval.Config, words))
+        assert [task.name for task in tasks] == ["Arithmetic"]
+
+
 def result(name, correct=5):
     return ChatResult(name, "generative", 0.0, 10, correct)
 
@@ -217,6 +223,17 @@ def test_a_few_problems_are_not_chatcore(judged):
     assert not any(name.startswith("ChatCORE") for name in mixed)
     assert {"GSM8K", "MMLU of 5"} <= mixed.keys()
     assert judged([]).figures.keys() == {"ChatCORE", *CHATCORE}
+
+
+def test_a_quick_look_says_that_the_larger_sample_stays(judged, monkeypatch, capsys):
+    """`-x 2` after `-x 60` left two problems in the report."""
+    judged(["-x", "10"])
+    few = [ChatResult("GSM8K", "generative", 0.0, 2, 0)]
+    monkeypatch.setattr(chat_eval, "evaluate", lambda *_: few)
+    capsys.readouterr()
+    assert judged(["-a", "GSM8K", "-x", "2"]).figures["GSM8K of 10"] == 0.5
+    said = capsys.readouterr().out
+    assert "GSM8K: 0.0 [0.0, 65.8] of 2 now; the result of 10 problems stays" in said
 
 
 def test_models_of_other_tags_stand_side_by_side_under_their_names(trained, judged, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxchat import chat_packing
 from jaxchat.backend import IGNORE
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.chat_packing import rows_per_epoch
+from jaxchat.chat_packing import forecast
 from jaxchat.conversation import render
 from jaxchat.dataloader import NUM_STREAMS, merge_states
 from jaxchat.tasks.base import Task
@@ -208,7 +208,25 @@ def test_what_teaches_nothing_is_dropped_and_counted(capsys):
     assert warned[-1].endswith("(more of them are only counted, in data/dropped)")
     # a quarter of them is packed, and malformed ones do not keep the length from being foreseen
     expected = 200 * len(render(TOKENIZER, good)[0]) / (0.97 * 101)
-    assert rows_per_epoch(task, TOKENIZER, sequence_len=100) == pytest.approx(expected)
+    assert forecast(task, TOKENIZER, sequence_len=100).rows == pytest.approx(expected)
+
+
+def test_what_does_not_fit_is_told_beforehand():
+    """Two thirds of a file were left out, and the screen never said so."""
+    late, long, fits = exchange("q" * 500, "r"), exchange("q", "r" * 500), exchange("q", "r")
+    unreadable = {"messages": [{"role": "assistant", "content": "me first"}]}
+
+    def told(conversations, **options):
+        return forecast(Given(conversations), TOKENIZER, sequence_len=100, **options).misfits()
+
+    assert told([late] * 5 + [long] * 2 + [fits, unreadable]) == (
+        "context of 100 tokens: of 9 conversations 5 left out (no reply within it), 2 cut"
+    )
+    assert told([long, fits]) == "context of 100 tokens: of 2 conversations 1 cut"
+    assert told([fits, unreadable]) is None
+    assert told([late] * 3000, sample=10) == (
+        "context of 100 tokens: of 3,000 conversations about 3,000 left out (no reply within it)"
+    )
 
 
 def test_passes_count_what_is_in_rows_or_dropped():
@@ -334,7 +352,7 @@ def test_fewer_conversations_than_streams_are_enough(number):
 
 def test_the_rows_of_a_pass_are_foreseen():
     task = conversations_of([(5 * i % 97, 1 + 7 * i % 83) for i in range(3000)])
-    foreseen = rows_per_epoch(task, TOKENIZER, sequence_len=512)
+    foreseen = forecast(task, TOKENIZER, sequence_len=512).rows
     loader = loader_of(task, sequence_len=512)
     with loader:
         while loader.passes < 5:  # what waits at the end is small, and weighs less over many passes

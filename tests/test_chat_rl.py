@@ -173,6 +173,8 @@ def test_a_run_of_no_steps_is_refused(value, capsys):
         ("--eval-samples 0", "--eval-samples 0: must be above 0"),
         ("--temperature -1", "--temperature -1.0: must be at least 0"),
         ("--temperature nan", "--temperature nan: must be at least 0"),
+        ("--eval-every 0", "--eval-every 0: must be above 0"),
+        ("--save-every -1", "--save-every -1: must be above 0"),
         ("--seed -1", "--seed -1: give a number from 0"),
         ("--samples 1", "samples=1 at least 2"),
         ("--top-k -1", "top_k=-1"),
@@ -196,6 +198,22 @@ def test_rates_are_the_base_runs_whatever_finetuning_made_of_its_batch():
         assert optimizer == OptimizerConfig().scaled(0.05)
 
 
+@pytest.mark.parametrize(
+    ("questions", "samples", "devices", "rows"),
+    [(16, 16, 1, 8), (2, 2, 1, 4), (3, 3, 1, 3), (7, 2, 1, 7), (5, 2, 2, 5), (11, 11, 1, 1)],
+)
+def test_few_rollouts_shrink_the_micro_batch_by_themselves(questions, samples, devices, rows):
+    """`--questions 2 --samples 2` was refused for a default."""
+    config = chat_rl.Config(questions=questions, samples=samples)
+    assert chat_rl.settled_rows(config, devices) == rows
+
+
+def test_rollouts_that_do_not_divide_over_devices_name_the_questions():
+    with pytest.raises(ValueError, match=r"not a multiple of 8 devices; use --questions 8$"):
+        chat_rl.settled_rows(chat_rl.Config(questions=3, samples=3), 8)
+
+
 def test_rollouts_must_divide_into_micro_batches(backend):
     with pytest.raises(ValueError, match="are not a multiple of device_batch_size=3"):
         run(backend, "--device-batch-size", "3")
+    assert not stage_directory("rl", "tiny").exists()

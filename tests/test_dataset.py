@@ -42,6 +42,30 @@ def test_a_folder_of_text_splits_the_same_way_every_time(tmp_path):
     assert open_corpus(str(tmp_path)).fingerprint != first.fingerprint
 
 
+def test_markdown_is_text_and_other_kinds_are_told(tmp_path, capsys):
+    """Both were left out in silence; hidden files are nobody's documents."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i}"}) for i in range(9)))
+    before = open_corpus(str(tmp_path)).fingerprint
+    assert capsys.readouterr().out == ""
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.pdf", "b.pdf", "c.docx", "LICENSE", ".hidden", ".cache/d.pdf"):
+        (tmp_path / name).write_text("no")
+    assert open_corpus(str(tmp_path)).fingerprint == before
+    said = f"not read in {tmp_path}: 4 files of other kinds (.pdf 2, .docx 1, no suffix 1)\n"
+    assert capsys.readouterr().out == said
+    (tmp_path / "b.md").write_text("# one")
+    (tmp_path / "c.markdown").write_text("# two")
+    corpus = open_corpus(str(tmp_path))
+    assert {"# one", "# two"} < {*texts_of(corpus, "train"), *texts_of(corpus, "val")}
+    assert texts_of(open_corpus(str(tmp_path / "a.jsonl")), "train")
+
+
+def test_latin_1_is_told_with_a_remedy(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 .*iconv -f latin1 -t utf-8"):
+        open_corpus(str(tmp_path))
+
+
 @pytest.mark.parametrize("end", ["\n\n", "\n", " ", ""])
 def test_a_book_is_cut_where_something_ends(tmp_path, end, monkeypatch):
     """One file is enough to train on: nanoGPT's Shakespeare is."""
@@ -123,6 +147,38 @@ def test_a_folder_that_mixes_kinds_says_what_would_be_left_out(tmp_path):
     (tmp_path / "notes" / "one.txt").write_text("never read")
     with pytest.raises(ValueError, match=r"parquet files and notes/one.txt, of which one would be"):
         open_corpus(str(tmp_path))
+
+
+def test_one_parquet_file_is_split_by_its_documents(tmp_path):
+    """It was refused, where one text file is not."""
+    path = tmp_path / "all.parquet"
+    texts = [f"document {i}" for i in range(30)]
+    write_shard(path, texts)
+    (tmp_path / "same.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    expected = open_corpus(str(tmp_path / "same.jsonl"))
+    (tmp_path / "same.jsonl").unlink()
+    for where in (tmp_path, path):
+        corpus = open_corpus(str(where))
+        assert corpus.fingerprint == expected.fingerprint
+        for split in dataset.SPLITS:
+            assert texts_of(corpus, split) == texts_of(expected, split)
+    write_shard(path, ["a", None])
+    with pytest.raises(ValueError, match=r"all\.parquet: 1 rows of row group 0 have no text"):
+        open_corpus(str(path))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="is no parquet file, or damaged"):
+        open_corpus(str(path))
+
+
+def test_a_card_beside_parquet_files_is_told_and_not_read(tmp_path, capsys):
+    """As data sets of the hub have one."""
+    for i in range(2):
+        write_shard(tmp_path / f"{i}.parquet", ["a", "b"])
+    before = open_corpus(str(tmp_path)).fingerprint
+    (tmp_path / "README.md").write_text("# A set")
+    assert open_corpus(str(tmp_path)).fingerprint == before
+    said = f"not read in {tmp_path}: 1 file of other kinds (.md 1)\n"
+    assert capsys.readouterr().out == said
 
 
 def test_parquet_files_in_folders_of_a_folder_are_read(tmp_path):

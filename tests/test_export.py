@@ -1,6 +1,7 @@
 """Exported folders are whole, say the truth about the model, and come back bit for bit."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -91,6 +92,40 @@ def test_an_export_comes_back_bit_for_bit(saved, tmp_path, monkeypatch, base_dir
     back = load_model("sft", backend="torch")
     assert back.backend.config == saved.config
     assert_same_arrays(back.backend.get_params(), saved.get_params())
+
+
+def test_an_export_says_its_stage_and_step(saved, tmp_path, monkeypatch, base_dir):
+    """It came back as a base model of step 0."""
+    run(tmp_path / "out")
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    import_model.main(import_model.Config(tmp_path / "out", "hf", backend="torch"))
+    assert load_model("sft", backend="torch").meta["step"] == 40
+    asked = import_model.Config(tmp_path / "out", "hf", stage="rl", step=0, backend="torch")
+    import_model.main(asked)
+    assert load_model("rl", backend="torch").meta["step"] == 0
+
+
+@pytest.mark.parametrize("said", ["sft", {"stage": "sft"}, {"stage": "best", "step": 1}])
+def test_a_stage_that_no_export_writes_is_told(said):
+    with pytest.raises(ValueError, match=r"config.json says jaxchat=.*correct the entry"):
+        import_model.exported_as({"jaxchat": said})
+
+
+def test_all_files_are_as_the_umask_says(saved, tmp_path):
+    """The weights were for their owner alone, and a server of another user could not read them."""
+    before = os.umask(0o027)
+    try:
+        run(tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o640)
+
+
+def test_a_reply_is_no_longer_than_the_context(saved, tmp_path):
+    run(tmp_path / "out")
+    said = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert said["max_new_tokens"] == saved.config.sequence_len == 128
 
 
 def test_nothing_that_is_there_is_overwritten(saved, tmp_path):

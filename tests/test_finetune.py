@@ -16,7 +16,7 @@ from jaxchat import cli, loss
 from jaxchat import finetune as stage_module
 from jaxchat.backend import IGNORE, backend_class
 from jaxchat.chat_loader import ChatLoader
-from jaxchat.chat_packing import rows_per_epoch
+from jaxchat.chat_packing import forecast
 from jaxchat.checkpoint import META, CheckpointStore
 from jaxchat.config import GPTConfig, OptimizerConfig
 from jaxchat.conversation import render
@@ -118,8 +118,10 @@ def metrics(store, name):
     return {row["step"]: row[name] for row in rows if name in row}
 
 
-def test_a_stage_inherits_learns_and_reports(backend, tmp_path):
+def test_a_stage_inherits_learns_and_reports(backend, tmp_path, capsys):
     mid = teach(backend, init_lr_frac=0.5)
+    count = 60 + len(CustomJSON(IDENTITY))
+    assert f"context of 128 tokens: of {count} conversations " in capsys.readouterr().out
     meta = mid.read_meta(STEPS)
     assert meta["optimizer"] == asdict(BASE_RATES.scaled(0.5))
     assert meta["plan"]["total_batch_size"] == BASE_PLAN.total_batch_size
@@ -345,7 +347,7 @@ def test_a_pass_is_its_rows_and_the_held_out_examples_are_validation(backend, mo
         )
     store = teach(backend, num_iterations=None, epochs=0.5, eval_every=99)
     mixture = TaskMixture([Arithmetic("train", 60), CustomJSON(IDENTITY)], name="a mixture")
-    rows = rows_per_epoch(mixture, TOKENIZER, sequence_len=LENGTH)
+    rows = forecast(mixture, TOKENIZER, sequence_len=LENGTH).rows
     assert store.steps()[-1] == round(0.5 * rows / ROWS) > 2
     assert read[0].name == "a mixture"
     assert {task.fingerprint for task in read[1:]} == {Arithmetic("test", 20).fingerprint}

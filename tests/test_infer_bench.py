@@ -2,9 +2,11 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from jaxchat import cli
 from jaxchat.config import GPTConfig
 from scripts import infer_bench
 from tests.servers import backend
@@ -45,8 +47,37 @@ def test_memory_is_what_the_arrays_take():
 
 
 def test_values_out_of_range_are_named():
-    with pytest.raises(ValueError, match="rounds=0"):
-        infer_bench.Config(rounds=0)
+    """Every number was named, whichever was wrong."""
+    for name in ("rounds", "prompt_tokens", "new_tokens", "tokens_per_dispatch"):
+        change: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} 0: must be above 0$"):
+            infer_bench.Config(**change)
+    with pytest.raises(ValueError, match="--batch-sizes 0: must be above 0"):
+        infer_bench.Config(batch_sizes=(8, 0))
+    with pytest.raises(ValueError, match="--sequential -1: must be at least 0"):
+        infer_bench.Config(sequential=-1)
+
+
+def test_a_model_is_named_as_for_the_other_scripts(monkeypatch):
+    asked = {}
+
+    def load_model(source, **options):
+        asked.update(options, source=source)
+        return SimpleNamespace(backend=backend(), tokenizer=None)
+
+    monkeypatch.setattr(infer_bench, "load_model", load_model)
+    words = ["-i", "mid", "-g", "d4", "-s", "7", "--prompt-tokens", "2", "--new-tokens", "2"]
+    infer_bench.load(cli.parse(infer_bench.Config, words), "jax")
+    assert (asked["source"], asked["model_tag"], asked["step"]) == ("mid", "d4", 7)
+
+
+def test_what_is_measured_of_requests_together_is_shown():
+    caption = infer_bench.on_screen([], 8, {"jax": 3.208, "torch": 2.0}).caption
+    assert caption == (
+        "jax: 8 requests together end 3.21 times as fast as one by one\n"
+        "torch: 8 requests together end 2.00 times as fast as one by one"
+    )
+    assert infer_bench.on_screen([]).caption is None
 
 
 @pytest.mark.parametrize(

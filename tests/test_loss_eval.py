@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxchat import loss_eval
+from jaxchat import cli, loss_eval
 from jaxchat.backend import IGNORE, Scores
 from jaxchat.chat_loader import ChatLoader
 from jaxchat.conversation import render
@@ -273,6 +273,14 @@ def test_full_rows_hold_every_piece_once_and_whole(lengths):
 def test_the_longest_piece_comes_first_and_then_what_fits_best():
     rows = full_rows([np.full(n, n) for n in (2, 6, 3, 5, 4)], 10)
     assert [sorted(set(row.tolist()), reverse=True) for row in rows] == [[6, 4], [5, 3, 2]]
+
+
+def test_help_shows_a_command_a_line(capsys):
+    """Two ran together."""
+    with pytest.raises(SystemExit):
+        cli.parse(base_loss.Config, ["--help"])
+    lines = [line.strip(" │") for line in capsys.readouterr().out.splitlines()]
+    assert "python -m scripts.base_loss" in lines
 
 
 def test_a_model_is_scored_on_what_it_was_trained_on(tmp_path, monkeypatch):

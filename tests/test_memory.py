@@ -23,6 +23,7 @@ from jaxchat.memory import (
     Savings,
     StepMemory,
     largest_that_fits,
+    readable,
     savings_of,
 )
 from jaxchat.micro_batch import settle_rows
@@ -226,6 +227,25 @@ def test_the_largest_micro_batch_that_fits_is_taken_and_the_budget_printed(
     said = capsys.readouterr().out
     assert f"a step with --device-batch-size {fitting} needs {needs[fitting]}" in said
     assert fitting == 16 or f"{fitting * 2} would need" in said
+
+
+def test_every_compilation_is_told_before_it_begins(backend, needs, monkeypatch, capsys):
+    """Nothing was said for 85 s of them."""
+    told = []
+
+    def listen(shape):
+        told.append(capsys.readouterr().out.strip())
+        return needs[shape[1]]
+
+    monkeypatch.setattr(backend, "step_memory", listen)
+    small = with_memory(backend, (needs[4].total + 1) / USABLE)
+    assert settle_rows(small, PLAN, sequence_len=64) == 4
+    room = readable(needs[4].total + 1)
+    words = (
+        rf"fitting rows into {re.escape(room)} per device: compiling .*--device-batch-size (\d+)"
+    )
+    asked = [int(re.fullmatch(words, line)[1]) for line in told]
+    assert asked[0] == 16 and 4 in asked
 
 
 def test_one_row_that_does_not_fit_names_the_flags(backend, needs):

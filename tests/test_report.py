@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxchat import environment, report_page
 from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text, model_facts
 from jaxchat.report_page import render
+from scripts import base_eval, base_loss, base_train, chat_eval, chat_rl, tok_train
 from scripts import report as report_script
 
 LOSS = Curve(
@@ -245,6 +246,18 @@ def test_the_script_copies_report_and_pictures(card, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.strip() == str((output / "report.md").resolve())
     assert (output / "report.md").read_bytes() == (card.directory / "report.md").read_bytes()
     assert [p.name for p in (output / "report_files").iterdir()] == ["base_train_0.png"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [tok_train, base_train, base_loss, base_eval, chat_eval, chat_rl],
+    ids=lambda s: s.__name__,
+)
+def test_a_report_that_cannot_be_written_stops_a_stage_at_its_beginning(script, base_dir):
+    """It stopped them after all their work. Here they have no model, which none of them asks."""
+    (base_dir / "report").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*report.*; set JAXCHAT_BASE_DIR"):
+        script.main(script.Config())
 
 
 def test_copying_onto_itself_keeps_the_pictures(card):

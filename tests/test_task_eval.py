@@ -269,15 +269,32 @@ def test_a_terminal_gets_fewer_columns():
     assert task_report.compact(task_report.result_table([result])).rows == [
         ["Arithmetic", "50.0 [40.4, 59.6] of 100 *", "0%", "90%", "80%", "3 prompts cropped"]
     ]
+    one = task_report.result_table([replace(result, cropped=1)])
+    assert task_report.compact(one).rows[0][-1] == "1 prompt cropped"
 
 
 def test_a_second_run_replaces_its_own_rows_only():
     fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
     merged = task_report.with_earlier_rows(fresh, FACTS, [MID], "mid")
     assert [row[0] for row in merged.rows] == ["Documentation", "HumanEval", "GSM8K"]
-    again = task_report.result_table([ChatResult("Documentation", "categorical", 0.25, 10, 3)])
+    again = task_report.result_table([ChatResult("Documentation", "categorical", 0.25, 1000, 3)])
     merged = task_report.with_earlier_rows(again, FACTS, [MID], "mid")
-    assert [(row[0], row[2]) for row in merged.rows] == [("HumanEval", 0), ("Documentation", 10)]
+    assert [row[0] for row in merged.rows] == ["HumanEval", "Documentation"]
+    assert merged.rows[1] == again.rows[0]
+    assert task_report.outweighed(again, merged) == []
+
+
+def test_a_quick_look_takes_no_larger_samples_place():
+    """A thousand problems gave way to ten."""
+    quick = task_report.result_table([ChatResult("Documentation", "categorical", 0.25, 10, 3)], 10)
+    merged = task_report.with_earlier_rows(quick, FACTS, [MID], "mid")
+    assert [(row[0], row[2]) for row in merged.rows] == [("Documentation", 1000), ("HumanEval", 0)]
+    assert task_report.outweighed(quick, merged) == [
+        "Documentation: 30.0 [10.8, 60.3] of 10 now; the result of 1000 problems stays"
+    ]
+    other = task_report.with_earlier_rows(quick, FACTS | {"step": 20}, [MID], "mid")
+    assert other.rows == quick.rows
+    assert task_report.outweighed(quick, other) == []
 
 
 @pytest.mark.parametrize("changed", [{"step": 20}, {"max_problems": 5}])

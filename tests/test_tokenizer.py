@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat import dataset
+from jaxchat import artifacts, dataset
 from jaxchat.tokenizer import (
     HUGGING_FACE_FILE,
     MIN_VOCAB_SIZE,
@@ -348,7 +348,9 @@ def test_tok_train_writes_tokenizer_and_report(base, capsys):
     tok_train.main(tok_train.Config(vocab_size=500, max_chars=100_000, doc_cap=1000))
     tokenizer = Tokenizer.load(base / "tokenizer")
     assert tokenizer.vocab_size == 500
-    assert "500 tokens from" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "500 tokens from" in said
+    assert " s, reading included: " in said
     section = json.loads((base / "report/sections/tok_train.json").read_bytes())
     assert tokenizer.fingerprint in json.dumps(section["parts"])
     assert section["parts"][1]["values"]["characters"] <= 100_000
@@ -370,6 +372,14 @@ def test_a_tokenizer_that_is_replaced_is_kept_for_its_models(base, capsys):
     assert list(kept.values()) == [300]
     said = capsys.readouterr().out
     assert f"is another, now in {base / next(iter(kept))}. Models trained with it refuse" in said
+
+
+def test_two_tok_train_at_once_do_not_meet(base):
+    """The second was told "Directory not empty", of the folder that the first had put aside."""
+    busy = pytest.raises(OSError, match=r"is in use by process \d+ .*or set JAXCHAT_BASE_DIR")
+    with artifacts.claim(base, name=".tokenizer.claim"), busy:
+        tok_train.main(tok_train.Config(vocab_size=300, max_chars=10_000))
+    assert not (base / "tokenizer").exists()
 
 
 def test_tok_train_says_when_the_corpus_is_too_small(base, capsys):
@@ -426,6 +436,27 @@ def test_tok_eval_compares_with_raw_bytes_without_other_encodings(base, tokenize
         assert ratio == f"{size / tokens:.2f}"
         assert size >= tokens
     assert "Not compared with GPT-2 and GPT-4" in notes["body"]
+    assert "theirs" not in table["caption"]
+
+
+def test_tok_eval_reads_what_the_tokenizer_was_trained_on(tmp_path, monkeypatch):
+    """It read the embedded corpus whatever that was."""
+    monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
+    default = tmp_path / "default"
+    book = tmp_path / "book.txt"
+    for path in (default, book):
+        path.write_text("some words of a book\n" * 2000)
+    monkeypatch.setattr(dataset, "default_corpus", lambda: f"{default}.txt")
+    default.rename(f"{default}.txt")
+    tok_train.main(tok_train.Config(vocab_size=280, corpus=str(book)))
+    tokenizer = Tokenizer.load(tmp_path / "base/tokenizer")
+    assert tok_eval.open_source(None, tokenizer).name == str(book)
+    assert tok_eval.open_source(f"{default}.txt", tokenizer).name == f"{default}.txt"
+    other = Tokenizer([bytes([b]) for b in range(256)])
+    assert tok_eval.open_source(None, other).name == f"{default}.txt"
+    book.unlink()
+    with pytest.raises(ValueError, match=r"was trained on it; name another with --corpus"):
+        tok_eval.open_source(None, tokenizer)
 
 
 def ranks_folder():
@@ -444,6 +475,7 @@ def test_tok_eval_compares_with_gpt2_and_gpt4(base, tokenizer):
     table, notes = section["parts"]
     assert "GPT-2" in table["columns"]
     assert "vs GPT-4" in table["columns"]
+    assert table["caption"].endswith("; vs: tokens more or less than theirs")
     assert "Not compared" not in notes["body"]
 
 

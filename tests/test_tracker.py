@@ -60,7 +60,9 @@ def test_a_guest_that_fails_is_dropped_and_the_file_goes_on(tmp_path, capsys):
 def test_a_guest_that_cannot_start_is_no_reason_not_to_train(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert open_guests(wandb_run="x", tensorboard=None, config={}) == []
-    assert "training goes on without it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training goes on without it" in said
+    assert "`uv sync --extra track` installs it" in said
 
 
 @pytest.mark.parametrize(

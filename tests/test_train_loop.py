@@ -206,7 +206,8 @@ def test_a_signal_ends_the_loop_after_its_step_is_saved(diary, name, capsys):
     assert (result.step, result.interrupted) == (2, True)
     assert diary.entries[-2:] == ["save 2 after 2", "finish"]
     assert rows[-1]["step"] == 2
-    assert f"stopped by {name}; step 2 is saved" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped by {name}; step 2 is saved; the same command continues from there" in said
     assert signal.getsignal(signal.SIGTERM) is before
 
 

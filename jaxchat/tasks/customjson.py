@@ -6,9 +6,11 @@ A line is a conversation (or just its list of messages), or a question as GSM8K 
     {"question": "...", "answer": "6 * 7 = <<6*7=42>>42\\n#### 42"}
     {"question": "...", "choices": ["...", "..."], "answer": 1}
 
-Calls of the calculator count where an answer has its last line `####`; the answer to choices is a
-number from 0 on, or a letter. The whole file is checked when it is opened: a mistake is an error
-that names file and line before anything is trained, never a surprise in the middle of a run.
+Lines of ShareGPT (`conversations` of `from` and `value`) and Alpaca (`instruction`, `input`,
+`output`) are read too. Calls of the calculator count where an answer has its last line `####`; the
+answer to choices is a number from 0 on, or a letter. The whole file is checked when it is opened: a
+mistake is an error that names file and line before anything is trained, never a surprise in the
+middle of a run.
 """
 
 import hashlib
@@ -29,9 +31,14 @@ IDENTITY = Path(__file__).with_name("identity.jsonl")
 HELD_OUT = 20
 """One conversation in so many is validated on, and at least one."""
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles; others are what they are."""
+
 
 class CustomJSON(Task):
     """The conversations of a JSON lines file; blank lines are skipped."""
+
+    _wanted = 'one conversation a line, {"messages": [{"role": "user", "content": "..."}, ...]}'
 
     def __init__(self, path: Path | str) -> None:
         """FileNotFoundError, or ValueError with file, line and what is wrong there."""
@@ -41,12 +48,19 @@ class CustomJSON(Task):
             content = self.path.read_bytes()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{self.path} does not exist; it should hold one conversation a line, "
-                '{"messages": [{"role": "user", "content": "..."}, ...]}'
+                f"{self.path} does not exist; it should hold {self._wanted}"
             ) from error
         lines = {n: line for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()}
         self._lines = list(lines)
-        self._conversations = [_parse(line, f"{self.path}:{n}") for n, line in lines.items()]
+        try:
+            self._conversations = [_parse(line, f"{self.path}:{n}") for n, line in lines.items()]
+        except ValueError as error:
+            if _is_array(content):
+                raise ValueError(
+                    f"{self.path} is one JSON array; it should hold one conversation a line, as "
+                    f"from: jq -c '.[]' {self.path} > lines.jsonl"
+                ) from error
+            raise
         if not self._conversations:
             raise ValueError(f"{self.path} holds no conversation")
         self._digest = hashlib.sha256(content).hexdigest()
@@ -60,9 +74,10 @@ class CustomJSON(Task):
         keys = np.array([_key(conversation) for conversation in self], np.uint64)
         held_out = keys <= max(2**64 // HELD_OUT, int(keys.min()))
         if held_out.all():
+            found = f"{len(self):,} conversation{'s' * (len(self) > 1)}"
             raise ValueError(
-                f"{self.path} should hold more conversations: some are held out to validate on, "
-                "and nothing is left to train on"
+                f"{self.path} holds {found}, {len(np.unique(keys))} distinct, and should hold more "
+                "distinct ones: some are held out to validate on, and nothing is left to train on"
             )
         (train,), (val,) = np.nonzero(~held_out), np.nonzero(held_out)
         return self._reordered(train), self._reordered(val)
@@ -82,6 +97,11 @@ class CustomJSON(Task):
 
 class CustomProblems(CustomJSON):
     """A file of questions alone, all with choices or all with a final answer."""
+
+    _wanted = (
+        'one question a line, {"question": "...", "answer": "... #### 42"} or '
+        '{"question": "...", "choices": ["...", "..."], "answer": 1}'
+    )
 
     def __init__(self, path: Path | str) -> None:
         """As CustomJSON, and ValueError for a line by which no reply can be judged."""
@@ -112,7 +132,10 @@ def _parse(line: bytes, where: str) -> Conversation:
     try:
         found: Any = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 text ({error.reason})") from error
+        raise ValueError(
+            f"{where}: not UTF-8 text ({error.reason}); if the file is Latin-1, "
+            "convert it with iconv -f latin1 -t utf-8"
+        ) from error
     except (ValueError, RecursionError) as error:  # the second: brackets nested by the thousand
         raise ValueError(f"{where}: not a line of JSON ({error})") from error
     try:
@@ -125,14 +148,27 @@ def _parse(line: bytes, where: str) -> Conversation:
     return conversation
 
 
+def _is_array(content: bytes) -> bool:
+    """Whether a whole file is one list, of other things than messages."""
+    if not content.lstrip().startswith(b"["):
+        return False
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found) and not any(isinstance(each, Mapping) and "role" in each for each in found)
+
+
 def _conversation(found: Any) -> Conversation:
     """What a line stands for; what is not a question is left to `check_conversation`."""
     if isinstance(found, list):
         return {"messages": found}
     if not isinstance(found, Mapping):
         return found
-    if "messages" in found or "question" not in found:
-        return {"messages": found.get("messages")}
+    if "messages" in found:
+        return {"messages": found["messages"]}
+    if "question" not in found:
+        return _of_others(found)
     question, answer, choices = (found.get(name) for name in ("question", "answer", "choices"))
     if not isinstance(question, str):
         raise ValueError(f"question must be a string, is {question!r:.80}")
@@ -141,6 +177,36 @@ def _conversation(found: Any) -> Conversation:
     if not isinstance(answer, str):
         raise ValueError(f"answer must be a string, is {answer!r:.80}")
     return exchange(question, call_parts(answer) if MARK in answer else answer)
+
+
+def _of_others(found: Mapping[str, Any]) -> Conversation:
+    if "conversations" in found:
+        return {"messages": _sharegpt(found["conversations"])}
+    if "instruction" in found and "output" in found:
+        return _alpaca(found)
+    return {"messages": None}
+
+
+def _sharegpt(turns: Any) -> Any:
+    """Its turns as messages; what is no turn of its kind is left to `check_conversation`."""
+    if not isinstance(turns, list):
+        return turns
+    return [
+        {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if isinstance(turn, Mapping) and isinstance(turn.get("from"), str)
+        else turn
+        for turn in turns
+    ]
+
+
+def _alpaca(found: Mapping[str, Any]) -> Conversation:
+    """The input, which may be empty or missing, stands below the instruction."""
+    texts = {name: found.get(name) or "" for name in ("instruction", "input", "output")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a string, is {text!r:.80}")
+    asked = [text for text in (texts["instruction"], texts["input"]) if text]
+    return exchange("\n\n".join(asked), texts["output"])
 
 
 def _choice(question: str, choices: object, answer: object) -> Conversation:

@@ -229,8 +229,9 @@ def test_what_transformers_saves_is_imported(exported, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCHAT_BASE_DIR", str(tmp_path / "base"))
     exported.theirs.save_pretrained(tmp_path / "saved")
     exported.their_tokenizer.save_pretrained(tmp_path / "saved")
-    import_model.main(import_model.Config(tmp_path / "saved", "hf", stage="sft", backend="torch"))
-    back = load_model("sft", backend="torch")
+    import_model.main(import_model.Config(tmp_path / "saved", "hf", backend="torch"))
+    back = load_model("sft", backend="torch")  # the stage that we exported, through their writer
+    assert back.meta["step"] == 1
     assert back.backend.config == exported.config
     assert back.tokenizer.fingerprint == exported.tokenizer.fingerprint
     found = back.backend.get_params()

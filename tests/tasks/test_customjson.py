@@ -7,6 +7,7 @@ import pytest
 
 from jaxchat import calculator
 from jaxchat.conversation import render
+from jaxchat.tasks.base import exchange
 from jaxchat.tasks.customjson import HELD_OUT, IDENTITY, CustomJSON, CustomProblems
 from jaxchat.tasks.gsm8k import GSM8K
 from jaxchat.tasks.mmlu import MMLU
@@ -78,13 +79,17 @@ def test_files_of_conversations_are_read_as_they_are(tmp_path):
     path.write_text(GOOD)
     assert CustomJSON(path).fingerprint != before
     path.write_bytes(b"\xff\n")
-    with pytest.raises(ValueError, match=r"mine\.jsonl:1: not UTF-8"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl:1: not UTF-8 .*iconv -f latin1 -t utf-8"):
         CustomJSON(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no conversation"):
         CustomJSON(path)
     with pytest.raises(FileNotFoundError, match="should hold one conversation a line"):
         CustomJSON(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="should hold one question a line") as raised:
+        CustomProblems(tmp_path / "none.jsonl")
+    for line in str(raised.value).partition("a line, ")[2].split(" or "):
+        assert CustomProblems(written(tmp_path, line)).kind
 
 
 def written(tmp_path, *lines, name="mine.jsonl"):
@@ -110,6 +115,50 @@ def test_a_line_may_be_a_question(tmp_path):
     assert choice["messages"][1]["content"] == "B"
     assert set(text) == {"messages"}
     assert text["messages"][1]["content"] == json.loads(plain)["answer"]
+
+
+def test_lines_of_sharegpt_and_alpaca_are_read(tmp_path):
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")]
+    sharegpt = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    lines = (sharegpt, alpaca, alpaca | {"input": ""})
+    first, second, third = CustomJSON(written(tmp_path, *map(json.dumps, lines)))
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in first["messages"]] == roles
+    assert [message["content"] for message in first["messages"]] == ["s", *"abcd"]
+    assert second == exchange("Add.\n\n1 and 2", "3")
+    assert third == exchange("Add.", "3")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"conversations": "hello"}', r'must be \{"messages"'),
+        ('{"conversations": ["hello"]}', "message 0: must be"),
+        ('{"conversations": [{"from": "tool", "value": "a"}]}', "unknown role 'tool'"),
+        ('{"conversations": [{"from": "human"}]}', "content must be a string, is NoneType"),
+        ('{"instruction": 1, "output": "b"}', "instruction must be a string, is 1"),
+        ('{"instruction": "a", "output": ""}', "content is empty"),
+    ],
+)
+def test_a_bad_line_of_theirs_is_named(tmp_path, line, problem):
+    with pytest.raises(ValueError, match=rf"mine\.jsonl:1: .*{problem}"):
+        CustomJSON(written(tmp_path, line))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("each", [GOOD, SUM, json.dumps(json.loads(GOOD)["messages"])])
+def test_an_array_of_conversations_is_told_from_lines_of_messages(tmp_path, indent, each):
+    path = written(tmp_path, json.dumps([json.loads(each)] * 3, indent=indent), name="all.json")
+    with pytest.raises(ValueError, match=r"all\.json is one JSON array; .*jq -c '\.\[\]'"):
+        CustomJSON(path)
+    for line, problem in (
+        ('[{"role": "user", "content": "a"}]', "no assistant message"),
+        ('[{"role": "user", "content": "a"}, {"content": "b"}]', "unknown role None"),
+        ("[]", "at least one message"),
+    ):
+        with pytest.raises(ValueError, match=rf"mine\.jsonl:1: .*{problem}"):
+            CustomJSON(written(tmp_path, line))
 
 
 def test_the_lines_that_the_readme_shows_are_read(tmp_path):
@@ -146,8 +195,10 @@ def test_what_is_held_out_depends_on_the_text_alone(tmp_path):
 def test_of_few_conversations_one_is_held_out(tmp_path):
     train, val = CustomJSON(written(tmp_path, *numbered(2))).split()
     assert (len(train), len(val)) == (1, 1)
-    with pytest.raises(ValueError, match="nothing is left to train on"):
+    with pytest.raises(ValueError, match=r"2 conversations, 1 distinct.*nothing is left to train"):
         CustomJSON(written(tmp_path, GOOD, GOOD)).split()
+    with pytest.raises(ValueError, match="1 conversation, 1 distinct"):
+        CustomJSON(written(tmp_path, GOOD)).split()
 
 
 def test_a_file_of_problems_is_judged_by_what_it_asks(tmp_path):
