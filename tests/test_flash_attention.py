@@ -80,7 +80,8 @@ def compare_steps(config, dtype, length, sizes, kernel, monkeypatch, tolerance):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_step_on_a_mesh_may_call_cudnn(sizes, on_cpu, monkeypatch):
-    compare_steps(CONFIG, jnp.bfloat16, 160, sizes, "cudnn", monkeypatch, 2e-2)
+    """In float16: the gradients of scalars are sums that bfloat16 rounds by 6%, on some CPUs."""
+    compare_steps(CONFIG, jnp.float16, 160, sizes, "cudnn", monkeypatch, 1e-2)
     assert on_cpu == {"forward", "backward"}
 
 
