@@ -152,7 +152,7 @@ class CtrlC:
                 return input(prompt).strip()
             finally:
                 self._reading = False
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemError):  # the latter is CPython's, of two at once
             return None
 
     def _press(self, _signal: int, _frame: FrameType | None) -> None:

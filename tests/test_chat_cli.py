@@ -169,6 +169,13 @@ def test_commands_change_the_next_reply_and_mistakes_are_explained(monkeypatch, 
     assert "There is no /nothing." in out
 
 
+def test_two_interrupts_at_once_are_one(monkeypatch, capsys):
+    """The second finds the first one's exception on its way, and CPython makes a SystemError."""
+    typed(monkeypatch, SystemError("_press returned a result with an exception set"), "/quit")
+    chat_cli.converse(session(script("ok")))
+    assert "Ctrl-D leaves" in capsys.readouterr().out
+
+
 def test_who_quits_is_asked_nothing_more(monkeypatch, capsys):
     typed(monkeypatch, "/quit", AssertionError("asked"))
     chat_cli.converse(session(script("ok")))
