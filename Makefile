@@ -1,6 +1,6 @@
 # The few commands of everyday work. Each sets up what it needs.
 
-.PHONY: setup fmt check test processes clients slow smoke bench
+.PHONY: setup fmt check test page processes clients slow smoke bench
 
 # what setup finds or makes, also where the caller's PATH lacks it
 BIN = .venv/bin
@@ -30,6 +30,10 @@ check: setup
 test: setup
 	$(BIN)/pytest tests -m "not slow" -rs -n 2 --dist loadfile
 	$(CARGO) test -p rustbpe
+
+# The chat page in a real browser; without one they skip and say so.
+page: setup
+	$(BIN)/pytest tests/page -m slow -rs -n 2 --dist loadfile
 
 # The slow tests of what no fast one starts: runs of several processes, a server's end, a benchmark.
 processes: setup

@@ -26,7 +26,7 @@ def find_chromium() -> str | None:
 
 
 def pytest_collection_modifyitems(items):
-    """A page takes a second or two to open: `make test` leaves these out, .ci/run asks for them."""
+    """A page takes a second or two to open: `make test` leaves these to `make page`."""
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)

@@ -106,6 +106,7 @@ def test_branches_keep_their_order_and_choice_across_a_reload(chat, server):
         chat.wait_until_finished()
     chat.button("Previous alternative").click()
     expect(chat.answers.last).to_contain_text("2/3")
+    chat.page.wait_for_timeout(300)  # until the choice is stored
     chat.page.reload()
     expect(chat.answers.last).to_contain_text("2/3")
     chat.button("Previous alternative").click()
