@@ -8,7 +8,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -66,15 +66,13 @@ def text_batches(
     larger split come the first rows of training's packing. `on_progress` hears the share that is
     done after each batch. The same on every process: a backend scores rows of all of them.
     """
-    batches = max(1, tokens // (rows_per_batch * sequence_len))
-    most = batches * rows_per_batch * sequence_len
     return _batches(
-        _whole_split(corpus, tokenizer, split, sequence_len, most),
+        partial(_whole_split, corpus, tokenizer, split, sequence_len),
         lambda: PackedLoader(
             corpus, tokenizer, split=split, rows_per_batch=rows_per_batch, sequence_len=sequence_len
         ),
         on_progress,
-        batches=batches,
+        tokens=tokens,
         shape=(rows_per_batch, sequence_len),
         filler=tokenizer.bos_id,
     )
@@ -95,10 +93,8 @@ def conversation_batches(
     What is longer than a row ends with it, as in training. `seed`: of the order of more
     conversations than fit.
     """
-    batches = max(1, tokens // (rows_per_batch * sequence_len))
-    most = batches * rows_per_batch * sequence_len
     return _batches(
-        _all_conversations(conversations, tokenizer, sequence_len, most),
+        partial(_all_conversations, conversations, tokenizer, sequence_len),
         lambda: ChatLoader(
             conversations,
             tokenizer,
@@ -107,7 +103,7 @@ def conversation_batches(
             seed=seed,
         ),
         on_progress,
-        batches=batches,
+        tokens=tokens,
         shape=(rows_per_batch, sequence_len),
         filler=tokenizer.bos_id,
     )
@@ -161,20 +157,22 @@ def bits_per_byte(backend: Backend, batches: Iterable[TokenRows], token_bytes: n
 
 
 def _batches(
-    whole: Rows | None,
+    rows_of_all: Callable[[int], Rows | None],
     open_loader: Callable[[], AbstractContextManager[HeldOut]],
     on_progress: OnProgress,
     *,
-    batches: int,
+    tokens: int,
     shape: tuple[int, int],
     filler: int,
 ) -> Iterator[TokenRows]:
-    """All rows, where it is known that they are few enough, or what a loader begins with."""
+    """All rows, where they fit into so many batches of a shape, or what a loader begins with."""
+    count, length = shape
+    batches = max(1, tokens // (count * length))
+    whole = rows_of_all(batches * count * length)
     if not whole:
         with open_loader() as loader:
             yield from one_pass(loader, batches, on_progress)
         return
-    count, length = shape
     for start in range(0, len(whole), count):
         yield _padded(whole[start : start + count], count, length + 1, filler)
         on_progress(min(1.0, (start + count) / len(whole)))
@@ -186,7 +184,7 @@ def _whole_split(
 ) -> Rows | None:
     """Rows of a split's documents, a bos before each part; None of more than `most` tokens.
 
-    Remembered, as all the following is, because a run validates again and again.
+    Remembered, because a run validates again and again.
     """
     bos = np.array([tokenizer.bos_id], np.int32)
 
@@ -205,7 +203,7 @@ def _whole_split(
 def _all_conversations(
     conversations: Task, tokenizer: Tokenizer, sequence_len: int, most: int
 ) -> Rows | None:
-    """Rows of conversations; None of more than `most` tokens."""
+    """Rows of conversations; None of more than `most` tokens. Remembered likewise."""
     source = Source(conversations, tokenizer, sequence_len + 1, 0)
     malformed: list[tuple[int, ValueError]] = []
 

@@ -176,22 +176,17 @@ def main(config: Config) -> None:
     )
     store = CheckpointStore(output, keep=config.keep_checkpoints)
     config = replace(config, device_batch_size=settled_rows(config, model.backend.devices.count))
-    loop = loop_of(config, model, plan_of(config, model, task)[0])
     with store.claim():
-        train(config, model, store, task, judged, loop)
+        train(config, model, store, task, judged)
 
 
 def train(
-    config: Config,
-    model: LoadedModel,
-    store: CheckpointStore,
-    task: Task,
-    judged: Task,
-    loop: LoopConfig,
+    config: Config, model: LoadedModel, store: CheckpointStore, task: Task, judged: Task
 ) -> None:
     """The run, in a folder that no other process writes to."""
     started = time.monotonic()
     plan, optimizer = plan_of(config, model, task)
+    loop = loop_of(config, model, plan)
     before = recorded(store, model.backend, "rollouts", resume=config.resume)
     facts = as_before(facts_of(config, model, task, plan, optimizer), before)
     inherited = Inherited.of(model.meta)
