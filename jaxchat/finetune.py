@@ -30,7 +30,7 @@ from jaxchat.loss_eval import bits_per_byte, conversation_batches
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, micro_batches
 from jaxchat.progress import OnProgress
-from jaxchat.report import KeyValues, Report, Table
+from jaxchat.report import KeyValues, Report, Table, model_facts
 from jaxchat.schedule import schedule_at
 from jaxchat.stage_run import begin, carry_out, greedy_replies
 from jaxchat.stages import (
@@ -329,12 +329,16 @@ def _report(run: _Run, result: LoopResult) -> None:
     parts, figures = training_parts(
         rows, settings, asdict(run.plan), result.samples, result.train_seconds
     )
-    mixture = Table(["conversations of", "rows"], run.lesson.parts, "The mixture")
     shares = {name: f"{100 * series(rows, name)[1][-1]:.2f}%" for name in PackingStats().shares()}
     Report(base_dir()).add(
         run.lesson.script,
         run.lesson.title,
-        [mixture, KeyValues(shares, "Packing: shares of conversations and of tokens"), *parts],
+        [
+            Table(["conversations of", "rows"], run.lesson.parts, "The mixture"),
+            KeyValues(shares, "Packing: shares of conversations and of tokens"),
+            *parts,
+            model_facts(run.lesson.stage, run.tag, run.store.read_meta(result.step)),
+        ],
         wall_seconds=result.wall_seconds,
         figures=figures,
     )

@@ -1,11 +1,12 @@
 """Report cards: every stage adds a section, and `report_page.render` makes a document of them.
 
-The one idea: a section is data (frozen dataclasses stored as JSON, one file per stage), so a stage
-that runs again replaces its own section, stages may run on different machines, and the document
-can be drawn at any time from what is there. Left out: live dashboards, the tracker's subject.
+The one idea: a section is data (frozen dataclasses stored as JSON, a file per stage and model), so
+a stage that runs again replaces its own section, models of several tags stand side by side, stages
+may run on different machines, and the document can be drawn at any time from what is there. Left
+out: live dashboards, the tracker's subject.
 
-    BASE/report/sections/base_train.json ...   what `Report.add` writes
-    BASE/report/report.md, report_files/*.png  what `report_page.render` makes of them
+    BASE/report/sections/base_train.d12.json ...   what `Report.add` writes
+    BASE/report/report.md, report_files/*.png      what `report_page.render` makes of them
 """
 
 import json
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+from urllib.parse import quote
 
 from jaxchat import environment, runtime
 from jaxchat.artifacts import atomic_write, check_writable
@@ -41,7 +43,7 @@ MODELS = ("base", "mid", "sft", "rl")
 """Columns of the summary: a stage belongs to the one that is a word of its name, if any."""
 
 OF_THE_MODEL = "Of the model"
-"""Caption of the values that say which model a section judges."""
+"""Caption of the values that say which model a section is about."""
 
 Value: TypeAlias = str | int | float | bool | None
 
@@ -130,6 +132,15 @@ class Section:
     figures: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """What no other section of a report has: the stage, and the tag of its model if it has one.
+
+        It is the name of a file.
+        """
+        subject = subject_of(self)
+        return self.stage if subject is None else f"{self.stage}.{quote(subject.tag, safe=' ')}"
+
 
 class Report:
     """The report of one base directory."""
@@ -146,7 +157,7 @@ class Report:
         wall_seconds: float | None = None,
         figures: Mapping[str, float] | None = None,
     ) -> None:
-        """Store the section of `stage`, replacing an earlier one, with the machine it ran on.
+        """Store the section of `stage` and its model, replacing an earlier one, with the machine.
 
         `wall_seconds` is the stage's duration; `figures` are its main results by name, such as
         {"CORE": 0.21}, for the summary. Of several processes only the first writes. Raises
@@ -170,7 +181,7 @@ class Report:
             **asdict(section),
             "parts": [{"kind": type(part).__name__, **asdict(part)} for part in parts],
         }
-        with atomic_write(self._path(stage)) as file:
+        with atomic_write(self.directory / "sections" / f"{section.key}.json") as file:
             json.dump(stored, file, default=_plain, indent=1)
 
     def check_writable(self) -> None:
@@ -181,10 +192,9 @@ class Report:
     def sections(self) -> list[Section]:
         """The stored sections in pipeline order. Raises ValueError naming a damaged file."""
         found = [_read(path) for path in (self.directory / "sections").glob("*.json")]
-        return sorted(found, key=_order)
-
-    def _path(self, stage: str) -> Path:
-        return self.directory / "sections" / f"{stage}.json"
+        found.sort(key=lambda section: section.finished)
+        latest = {section.key: section for section in found}  # earlier versions left out the tag
+        return sorted(latest.values(), key=_order)
 
 
 class Subject(NamedTuple):
@@ -200,7 +210,7 @@ class Subject(NamedTuple):
 
 
 def model_facts(source: str, tag: str, meta: Mapping[str, Any]) -> KeyValues:
-    """What every evaluation stores in its section, so that `subject_of` knows whose figures it has.
+    """What a section about a model stores, so that `subject_of` knows whose figures it has.
 
     `meta` is that of the checkpoint.
     """
@@ -215,21 +225,13 @@ def model_facts(source: str, tag: str, meta: Mapping[str, Any]) -> KeyValues:
 
 
 def subject_of(section: Section) -> Subject | None:
-    """The model that a section is about, or None where it does not say which.
-
-    An evaluation stores `model_facts`; a training stage has options that name its result, which is
-    the model after the last step of its plan.
-    """
-    named = {part.caption: part.values for part in section.parts if isinstance(part, KeyValues)}
-    facts = named.get(OF_THE_MODEL)
-    if facts is not None:
-        source, tag = facts.get("source"), facts.get("model_tag")
-        run, step = facts.get("run"), facts.get("step")
-    else:
-        source, tag, run = model_word(section.stage), _result_tag(named.get("Options", {})), None
-        step = named.get("What followed", {}).get("num_iterations")
+    """The model that a section is about, or None where it states no `model_facts`."""
+    stated = (part for part in section.parts if isinstance(part, KeyValues))
+    facts = next((part.values for part in stated if part.caption == OF_THE_MODEL), {})
+    source, tag = facts.get("source"), facts.get("model_tag")
     if not source or tag is None:
         return None
+    run, step = facts.get("run"), facts.get("step")
     return Subject(
         str(source),
         str(tag),
@@ -238,21 +240,13 @@ def subject_of(section: Section) -> Subject | None:
     )
 
 
-def _result_tag(options: Mapping[str, Value]) -> str | None:
-    """The tag that a training stage gave its result; options are stored as text, None as well."""
-    for name in ("output_tag", "model_tag"):
-        if options.get(name) not in (None, "None"):
-            return str(options[name])
-    return f"d{options['depth']}" if "depth" in options else None
-
-
 def model_word(stage: str) -> str:
     """The one of `MODELS` that a stage's name has among its words; empty where it has none."""
     return next((model for model in MODELS if model in stage.split("_")), "")
 
 
 def model_names(sections: Iterable[Section]) -> dict[str, str]:
-    """The column that each section's figures belong to, by stage and in the order of `MODELS`.
+    """The column that each section's figures belong to, by key and in the order of `MODELS`.
 
     It is "base", or "base d12" where the sections tell of several tags; then a section that does
     not say its model has the bare name for itself.
@@ -261,15 +255,23 @@ def model_names(sections: Iterable[Section]) -> dict[str, str]:
         (section for section in sections if model_word(section.stage)),
         key=lambda section: MODELS.index(model_word(section.stage)),
     )
-    tags = {section.stage: subject.tag for section in stages if (subject := subject_of(section))}
-    if len(set(tags.values())) < 2:
-        tags = {}
-    return {s.stage: f"{model_word(s.stage)} {tags.get(s.stage, '')}".strip() for s in stages}
+    tags = tags_to_tell_apart(stages)
+    return {s.key: f"{model_word(s.stage)} {tags.get(s.key, '')}".strip() for s in stages}
 
 
-def _order(section: Section) -> tuple[int, str]:
+def tags_to_tell_apart(sections: Iterable[Section]) -> dict[str, str]:
+    """The tags of the sections' models by key; empty where all that say theirs have the same."""
+    subjects = ((section.key, subject_of(section)) for section in sections)
+    tags = {key: subject.tag for key, subject in subjects if subject is not None}
+    return tags if len(set(tags.values())) > 1 else {}
+
+
+def _order(section: Section) -> tuple[int, str, list[str | int]]:
+    """By stage, then by tag, d4 before d12."""
     known = section.stage in STAGES
-    return (STAGES.index(section.stage) if known else len(STAGES), section.stage)
+    parts = re.split(r"(\d+)", section.key)
+    numbered = [int(part) if at % 2 else part for at, part in enumerate(parts)]
+    return (STAGES.index(section.stage) if known else len(STAGES), section.stage, numbered)
 
 
 def _read(path: Path) -> Section:

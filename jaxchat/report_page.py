@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from jaxchat.artifacts import atomic_write
 from jaxchat.report import (
@@ -22,6 +23,7 @@ from jaxchat.report import (
     Value,
     model_names,
     model_word,
+    tags_to_tell_apart,
 )
 
 _GRAY = "#808080"
@@ -33,16 +35,17 @@ def render(report: Report) -> Path:
     sections = report.sections()
     files = report.directory / "report_files"
     files.mkdir(parents=True, exist_ok=True)
-    lines, drawn = _header(sections), set()
+    lines, drawn, tags = _header(sections), set(), tags_to_tell_apart(sections)
     for section in sections:
-        lines += [f"## {escape(section.title)}", ""]
+        of_which = f": {tags[section.key]}" if section.key in tags else ""
+        lines += [f"## {escape(section.title + of_which)}", ""]
         for number, part in enumerate(section.parts):
-            picture = files / f"{section.stage}_{number}.png"
+            picture = files / f"{section.key}_{number}.png"
             if isinstance(part, Curve):
                 with atomic_write(picture, "wb") as file:
                     file.write(draw(part))
                 drawn.add(picture)
-            lines += [*_markdown(part, f"{files.name}/{picture.name}"), ""]
+            lines += [*_markdown(part, f"{files.name}/{quote(picture.name)}"), ""]
     for stale in set(files.glob("*.png")) - drawn:
         stale.unlink()
     path = report.directory / "report.md"
@@ -111,18 +114,20 @@ def _summary(sections: Sequence[Section]) -> Table:
     found: dict[str, dict[str, float]] = {}
     for section in sections:
         for figure, value in section.figures.items():
-            found.setdefault(figure, {})[names[section.stage]] = value
+            found.setdefault(figure, {})[names[section.key]] = value
     rows = [[figure, *map(values.get, columns)] for figure, values in found.items()]
     return Table(["figure", *columns], rows)
 
 
 def _times(sections: Sequence[Section]) -> Table:
     rows: list[list[Value]] = []
+    tags = tags_to_tell_apart(sections)
     for section in sections:
         where = section.environment
         machine = where.get("cpu", "") if where.get("gpu") == "none" else where.get("gpu", "")
         wall = None if section.wall_seconds is None else duration(section.wall_seconds)
-        rows.append([section.stage, wall, section.finished, machine, where.get("commit", "")])
+        stage = f"{section.stage} {tags.get(section.key, '')}".strip()
+        rows.append([stage, wall, section.finished, machine, where.get("commit", "")])
     total = sum(section.wall_seconds or 0 for section in sections)
     rows.append(["total", duration(total), None, None, None])
     return Table(["stage", "wall time", "finished", "machine", "commit"], rows)

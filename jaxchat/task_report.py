@@ -66,10 +66,9 @@ def with_earlier_rows(
     Of a task that it was given before on more problems, that row stays in place of the new one. The
     same model: the section's `facts` are the same. A row that does not say its limit is left.
     """
-    earlier = next((s for s in sections if s.stage == section_name(source)), None)
-    if earlier is None or not any(
-        isinstance(part, KeyValues) and dict(part.values) == dict(facts) for part in earlier.parts
-    ):
+    stage = section_name(source)
+    earlier = next((s for s in sections if s.stage == stage and _states(s, facts)), None)
+    if earlier is None:
         return table
     fresh = _by_task(table)
     kept = {
@@ -188,10 +187,15 @@ def _percent(value: Value) -> str | None:
 def _by_model(sections: Sequence[Section]) -> dict[str, dict[str, Row]]:
     """Result rows by model and task, for the models that have any."""
     judged = {section_name(source) for source in MODELS}
-    found = {section.stage: section for section in sections if section.stage in judged}
-    rows = {stage: _result_rows(section) for stage, section in found.items()}
-    names = model_names(section for stage, section in found.items() if rows[stage])
-    return {name: {str(row["task"]): row for row in rows[stage]} for stage, name in names.items()}
+    found = {section.key: section for section in sections if section.stage in judged}
+    rows = {key: _result_rows(section) for key, section in found.items()}
+    names = model_names(section for key, section in found.items() if rows[key])
+    return {name: {str(row["task"]): row for row in rows[key]} for key, name in names.items()}
+
+
+def _states(section: Section, facts: Mapping[str, Value]) -> bool:
+    values = (part.values for part in section.parts if isinstance(part, KeyValues))
+    return any(dict(stated) == dict(facts) for stated in values)
 
 
 def _tasks(found: Mapping[str, Mapping[str, Row]]) -> list[str]:

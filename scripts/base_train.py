@@ -36,7 +36,7 @@ from jaxchat.memory import Savings, savings_of
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan, check_positive, flag, micro_batches, plan_training
 from jaxchat.progress import OnProgress
-from jaxchat.report import Report
+from jaxchat.report import Report, model_facts
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out, greedy_replies
@@ -388,7 +388,11 @@ def report(
     derived = asdict(plan) | {f"params {k}": v for k, v in count_params(backend.config).items()}
     parts, figures = training_parts(rows, settings, derived, result.samples, result.train_seconds)
     Report(base_dir()).add(
-        "base_train", "Pretraining", parts, wall_seconds=result.wall_seconds, figures=figures
+        "base_train",
+        "Pretraining",
+        [*parts, model_facts("base", config.tag, store.read_meta(result.step))],
+        wall_seconds=result.wall_seconds,
+        figures=figures,
     )
     runtime.print0(
         f"{config.tag}: {result.step} steps in {result.train_seconds:.0f} s of training, "

@@ -7,9 +7,9 @@
 
 ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
 them it asks what needs no network, about the embedded documentation above all, and says that this
-is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The report shows
-the stages side by side, and keeps what the same model has been asked before: of a task that it was
-asked twice, the larger sample.
+is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The stages of a
+model's tag are shown side by side, in the report all models, and what the same one has been asked
+before stays: of a task that it was asked twice, the larger sample.
 """
 
 import time
@@ -25,7 +25,7 @@ from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.execution import SANDBOXES
 from jaxchat.progress import make_console
-from jaxchat.report import Report, Table, Text, model_facts
+from jaxchat.report import Report, Table, Text, model_facts, subject_of
 from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
 from jaxchat.task_eval import ChatResult, evaluate_chat
 from jaxchat.task_report import (
@@ -104,9 +104,10 @@ def main(config: Config) -> None:
         wall_seconds=time.monotonic() - started,
         figures=summary | figures(table),
     )
-    comparison, replies = side_by_side(report.sections()), manners(report.sections())
-    report.add("chat_eval", "Chat tasks by stage", [comparison, replies])
-    console.print(on_screen(comparison))
+    sections = report.sections()
+    report.add("chat_eval", "Chat tasks by stage", [side_by_side(sections), manners(sections)])
+    tagged = [(section, subject_of(section)) for section in sections]
+    console.print(on_screen(side_by_side([s for s, of in tagged if of and of.tag == model.tag])))
 
 
 def choose_tasks(config: Config) -> list[Task]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -246,6 +247,18 @@ def test_models_of_other_tags_stand_side_by_side_under_their_names(trained, judg
     report.add("chat_eval_mid", "Chat", [table_of("GSM8K"), facts])
     assert list(side_by_side(report.sections()).columns) == ["task", "mid d12", "sft d2"]
     assert list(manners(report.sections()).columns) == ["replies", "mid d12", "sft d2"]
+
+
+def test_the_terminal_shows_the_stages_of_the_tag_that_was_asked(trained, judged, capsys):
+    """The report has a column for every model there is; six of them do not fit a line."""
+    for tag, problems in (("d12", 12), ("d2", 24)):
+        facts = model_facts("mid", tag, {"step": 7, "tokenizer": "t"})
+        parts = [result_table([ChatResult("GSM8K", "generative", 0.0, problems, 5)]), facts]
+        Report(trained).add("chat_eval_mid", "Chat", parts)
+    judged(["-a", "GSM8K"])
+    assert re.search("task +┃ mid +┃ sft +┃", capsys.readouterr().out)
+    (comparison,) = (s for s in Report(trained).sections() if s.stage == "chat_eval")
+    assert list(comparison.parts[0].columns) == ["task", "mid d2", "mid d12", "sft d2"]
 
 
 def test_a_section_of_an_earlier_version_is_shown_but_makes_no_claim(judged):

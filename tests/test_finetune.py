@@ -26,7 +26,7 @@ from jaxchat.loss_eval import conversation_batches
 from jaxchat.memory import Savings
 from jaxchat.micro_batch import settle_rows
 from jaxchat.plan import TrainingPlan
-from jaxchat.report import KeyValues, Report, Table
+from jaxchat.report import KeyValues, Report, Subject, Table, subject_of
 from jaxchat.stages import find_checkpoint, load_model, stage_directory
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import TaskMixture
@@ -144,6 +144,9 @@ def test_a_stage_inherits_learns_and_reports(backend, tmp_path, capsys):
     assert sft.read_meta(STEPS)["optimizer"] == asdict(BASE_RATES)
     sections = {section.stage: section for section in Report(tmp_path / "base").sections()}
     assert {"mid_train", "chat_sft"} <= sections.keys()
+    assert subject_of(sections["chat_sft"]) == Subject(
+        "sft", "tiny", sft.read_meta(STEPS)["run"], STEPS
+    )
     mixture, packing = sections["mid_train"].parts[:2]
     assert isinstance(mixture, Table) and isinstance(packing, KeyValues)
     assert mixture.rows == [["Arithmetic", 60], ["identity.jsonl", len(CustomJSON(IDENTITY))]]

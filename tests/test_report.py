@@ -1,9 +1,11 @@
 """The report: what goes in comes out, in order, whatever text it is made of."""
 
 import io
+import json
 import re
 import time
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -80,35 +82,72 @@ def about(source, tag):
     return [model_facts(source, tag, {"run": "r", "step": 7, "tokenizer": "t"})]
 
 
-def options(**values):
-    return [KeyValues({name: str(value) for name, value in values.items()}, "Options")]
-
-
 def summary_of(card):
     text = render(card).read_text()
     return text.split("## Summary\n\n")[1].split("\n\n")[0].split("\n")
 
 
+def test_models_of_other_tags_have_sections_of_their_own(card):
+    """A second model's pretraining replaced the first's, and left it the evaluations."""
+    for tag, loss in (("d12", 1.25), ("d4", 1.5), ("d12", 1.125)):  # d12 again
+        parts = [LOSS, *about("base", tag)]
+        card.add("base_train", "Base", parts, wall_seconds=60, figures={"val bpb": loss})
+    card.add("tok_train", "Tokenizer", [])
+    keys = [section.key for section in card.sections()]
+    assert keys == ["tok_train", "base_train.d4", "base_train.d12"]
+    path = render(card)
+    text = path.read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[-3:] == [
+        *["Tokenizer", "Base: d4", "Base: d12"]
+    ]
+    assert "| base\\_train d12 | 1m 00s |" in text and "| total | 2m 00s |" in text
+    for tag in ("d4", "d12"):
+        picture = f"report_files/base_train.{tag}_0.png"
+        assert f"]({picture})" in text and (path.parent / picture).is_file()
+
+
+def test_any_tag_is_a_files_name_and_an_address(card):
+    tag = "../a (b)%2F\u00e9"
+    card.add("base_train", "Base", [LOSS, *about("base", tag)])
+    (section,) = card.sections()
+    assert section.key.startswith("base_train.")
+    path = render(card)
+    (address,) = re.findall(r"\]\((.*?)\)\n", path.read_text())
+    assert (path.parent / unquote(address)).is_file() and " " not in address
+    assert len(list((card.directory / "sections").iterdir())) == 1
+
+
+def test_a_section_of_an_earlier_version_is_replaced(card):
+    """Its file has no tag in its name."""
+    card.add("base_eval", "old", about("base", "d4"))
+    (path,) = (card.directory / "sections").iterdir()
+    stored = json.loads(path.read_bytes()) | {"finished": "2026-01-01T00:00:00+0000"}
+    path.with_name("base_eval.json").write_text(json.dumps(stored))
+    card.add("base_eval", "new", about("base", "d4"))
+    assert [section.title for section in card.sections()] == ["new"]
+
+
 def test_the_summary_keeps_models_of_other_tags_apart(card):
     """d12's CORE stood beside d4's ChatCORE, and above d20's loss, as if all were one model."""
-    card.add("base_train", "Base", options(depth=20, model_tag=None), figures={"val bpb": 1.25})
+    card.add("base_train", "Base", about("base", "d20"), figures={"val bpb": 1.25})
     card.add("base_loss", "Loss", [], figures={"val bpb": 1.5})  # does not say whose
     card.add("base_eval", "CORE", about("base", "d12"), figures={"CORE": 0.25})
+    card.add("base_eval", "CORE", about("base", "d20"), figures={"CORE": 0.375})
     card.add("chat_eval_base", "Chat", about("base", "d12"), figures={"MMLU": 0.5})
     card.add("chat_eval_sft", "Chat", about("sft", "d4"), figures={"MMLU": 0.75})
     assert summary_of(card) == [
         "| figure | base d20 | base | base d12 | sft d4 |",
         "|---|---|---|---|---|",
         "| val bpb | 1.25 | 1.5 |  |  |",
-        "| CORE |  |  | 0.25 |  |",
+        "| CORE | 0.375 |  | 0.25 |  |",
         "| MMLU |  |  | 0.5 | 0.75 |",
     ]
 
 
 def test_the_summary_names_no_tag_where_there_is_one(card):
-    card.add("base_train", "Base", options(depth=4, model_tag=None), figures={"val bpb": 1.25})
+    card.add("base_train", "Base", about("base", "d4"), figures={"val bpb": 1.25})
     card.add("base_eval", "CORE", about("base", "d4"), figures={"CORE": 0.25})
-    card.add("chat_sft", "Chat", options(model_tag="d4", output_tag="d4"), figures={"val bpb": 1})
+    card.add("chat_sft", "Chat", about("sft", "d4"), figures={"val bpb": 1})
     assert summary_of(card)[0] == "| figure | base | sft |"
 
 

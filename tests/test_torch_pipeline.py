@@ -23,7 +23,7 @@ from jaxchat.backend import backend_class
 from jaxchat.checkpoint import CheckpointStore
 from jaxchat.dataloader import PackedLoader
 from jaxchat.dataset import open_corpus
-from jaxchat.report import Report
+from jaxchat.report import Report, Subject, subject_of
 from jaxchat.report_page import render
 from jaxchat.scaling import read_runs
 from jaxchat.server import serve
@@ -139,7 +139,9 @@ def test_pretraining_and_its_evaluations_run(trained, capsys):
     assert (tiny.tokens, tiny.core) == (STEPS * 2048, None)
     run(chat_cli, f"-i base -p model --max-tokens 8 {TORCH}")
     assert capsys.readouterr().out.strip()
-    assert stages(trained) >= {"base_train", "base_loss", "base_eval"}
+    subject = Subject("base", "tiny", store.read_meta(STEPS)["run"], STEPS)
+    told = {s.stage: subject_of(s) for s in Report(trained).sections()}
+    assert told["base_train"] == told["base_loss"] == told["base_eval"] == subject
 
 
 def test_the_chat_stages_run(finetuned, capsys):
