@@ -3,8 +3,9 @@
 A categorical problem is one forward: the choice whose letter has the largest logit where the answer
 begins is the answer, so a model is judged on what it knows and not on whether it keeps to the
 format. Prompts of similar length share a batch, so a compiled model sees a handful of shapes.
-Generative problems go through the Engine all at once, greedily, with the calculator, and the task
-judges the text. Left out: which tasks (tasks/mixtures.py), tables (task_report.py).
+Generative problems go through the Engine all at once, with the calculator, and the task judges the
+text: one greedy reply each, or whether any of several is right. Left out: which tasks
+(tasks/mixtures.py), tables (task_report.py).
 """
 
 import math
@@ -19,7 +20,7 @@ from jaxchat.core_eval import batch_rows, bucket_length
 from jaxchat.engine import Engine
 from jaxchat.progress import OnProgress, unheard
 from jaxchat.request import Request
-from jaxchat.sampling_params import SamplingParams
+from jaxchat.sampling_params import CHAT_TOP_K, SamplingParams
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
 
@@ -28,6 +29,33 @@ SAMPLE_SEED = 1337
 
 Z_95 = 1.959964
 """Standard normal quantile of a two-sided 95% interval."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How replies are drawn: as they stand here where models are compared."""
+
+    samples: int = 1
+    """Replies to each problem, which is solved if one of them is right (pass@n)."""
+    temperature: float = 0.0
+    top_k: int = CHAT_TOP_K
+    max_tokens: int | None = None
+    """Longest reply; what the task gives it when None."""
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"{self.samples} samples at temperature 0 are one reply {self.samples} times: "
+                "set --temperature 1"
+            )
+        self.params(seed=0, room=self.max_tokens or 1)  # ValueError for what none can be drawn by
+
+    def params(self, *, seed: int, room: int) -> SamplingParams:
+        return SamplingParams(room, temperature=self.temperature, top_k=self.top_k, seed=seed)
+
+
+GREEDY = Drawing()
+"""One reply of the likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,8 @@ class ChatResult:
     """Replies that ended by themselves, within the room they had; generated ones only."""
     called: int | None = None
     """Replies that called the calculator and got an answer; generated ones only."""
+    samples: int = 1
+    """Replies to a problem."""
     skipped: str | None = None
     """Why the task was not run."""
 
@@ -84,6 +114,7 @@ def evaluate_chat(
     max_problems: int | None,
     batch_tokens: int,
     slots: int,
+    drawing: Drawing = GREEDY,
     on_progress: OnProgress = unheard,
 ) -> ChatResult:
     """A task on `max_problems` of its problems, drawn fairly (all of them when None).
@@ -100,7 +131,7 @@ def evaluate_chat(
     problems = list(task.shuffled(SAMPLE_SEED)[:max_problems])
     if task.kind == "categorical":
         return _choose(backend, tokenizer, task, problems, batch_tokens, on_progress)
-    return _generate(backend, tokenizer, task, problems, slots, on_progress)
+    return _generate(backend, tokenizer, task, problems, slots, drawing, on_progress)
 
 
 # --- letters --------------------------------------------------------------------------------------
@@ -162,28 +193,35 @@ def _generate(
     task: Task,
     problems: Sequence[Conversation],
     slots: int,
+    drawing: Drawing,
     on_progress: OnProgress,
 ) -> ChatResult:
-    rows = max(1, min(slots * backend.devices.count, len(problems)))
+    samples = drawing.samples
+    rows = max(1, min(slots * backend.devices.count, len(problems) * samples))
     engine = Engine(backend, tokenizer, slots=rows)
-    room = min(task.max_tokens, engine.max_length // 2)
+    room = min(drawing.max_tokens or task.max_tokens, engine.max_length // 2)
     prompts, cropped = _prompts(tokenizer, problems, engine.max_length - room)
-    params = SamplingParams(max_tokens=room, temperature=0.0)
-    replies = engine.complete([Request(ids, params) for ids in prompts], on_progress)
-    correct = sum(
-        task.evaluate(problem, reply.text) for problem, reply in zip(problems, replies, strict=True)
-    )
+    requests = [
+        Request(ids, drawing.params(seed=number, room=room), n=samples)
+        for number, ids in enumerate(prompts)
+    ]
+    replies = engine.complete(requests, on_progress)
+    right = [
+        task.evaluate(problems[number // samples], reply.text)
+        for number, reply in enumerate(replies)
+    ]
     return ChatResult(
         task.name,
         task.kind,
         task.baseline,
         len(problems),
-        correct,
+        sum(any(right[at : at + samples]) for at in range(0, len(right), samples)),
         cropped,
         ended=sum(reply.finish_reason == "stop" for reply in replies),
         called=sum(
             any(part["type"] == "python_output" for part in reply.parts) for reply in replies
         ),
+        samples=samples,
     )
 
 

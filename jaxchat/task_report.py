@@ -148,7 +148,7 @@ def _row(result: ChatResult, limit: int | None) -> Row:
         return facts | {"note": f"skipped: {result.skipped}"}
     low, high = result.interval
     ended, called = (
-        None if count is None else count / result.problems
+        None if count is None else count / (result.problems * result.samples)
         for count in (result.ended, result.called)
     )
     return facts | {

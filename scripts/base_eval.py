@@ -24,6 +24,7 @@ from jaxchat.core_eval import TaskResult, core_metric, evaluate_task
 from jaxchat.core_tasks import Task, load_bundle
 from jaxchat.dataset import open_corpus
 from jaxchat.embedded_tasks import NOTE, embedded_tasks
+from jaxchat.plan import check_positive
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts
 from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
@@ -52,10 +53,7 @@ class Config:
     """jax or torch."""
 
     def __post_init__(self) -> None:
-        if self.max_per_task is not None and self.max_per_task < 1:
-            raise ValueError(f"max_per_task={self.max_per_task} must be at least 1")
-        if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens={self.batch_tokens} must be at least 1")
+        check_positive(max_per_task=self.max_per_task, batch_tokens=self.batch_tokens)
 
 
 def main(config: Config) -> None:

@@ -4,12 +4,14 @@
     python -m scripts.chat_eval -i mid -a GSM8K -a HumanEval -x 100
     python -m scripts.chat_eval -i sft -a "ARC-Easy|MMLU" --backend torch
     python -m scripts.chat_eval -i sft -a mine.jsonl
+    python -m scripts.chat_eval -i rl -a GSM8K -n 8 -t 1        # pass@8
 
 ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all` fetches. Without
 them it asks what needs no network, about the embedded documentation above all, and says that this
 is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The stages of a
 model's tag are shown side by side, in the report all models, and what the same one has been asked
-before stays: of a task that it was asked twice, the larger sample.
+before stays: of a task that it was asked twice, the larger sample. Replies that are not drawn as by
+default are another measurement, which is shown and not reported.
 """
 
 import time
@@ -24,10 +26,11 @@ from jaxchat import cli
 from jaxchat.artifacts import base_dir
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.execution import SANDBOXES
+from jaxchat.plan import check_positive
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts, subject_of
 from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
-from jaxchat.task_eval import ChatResult, evaluate_chat
+from jaxchat.task_eval import GREEDY, ChatResult, Drawing, evaluate_chat
 from jaxchat.task_report import (
     compact,
     figures,
@@ -59,6 +62,14 @@ class Config:
     """hub, offline or a jsonl file: which tasks are all. The hub's if downloaded."""
     max_problems: Annotated[int | None, cli.arg(aliases=["-x"])] = None
     """Problems of each task, drawn fairly; all when not set."""
+    samples: Annotated[int, cli.arg(aliases=["-n"])] = Drawing.samples
+    """Replies to a problem of text, which is solved if one is right (pass@n)."""
+    temperature: Annotated[float, cli.arg(aliases=["-t"])] = Drawing.temperature
+    """How freely replies are chosen: 0 takes the likeliest token."""
+    top_k: Annotated[int, cli.arg(aliases=["-k"])] = Drawing.top_k
+    """Choose among so many of the likeliest tokens; 0 for all."""
+    max_tokens: Annotated[int | None, cli.arg(aliases=["-m"])] = None
+    """Longest reply; what each task gives it when not set."""
     batch_tokens: int = 16384
     """Padded tokens that a device reads at a time: lower it when memory runs out."""
     slots: int | None = None
@@ -69,11 +80,18 @@ class Config:
     """jax or torch."""
 
     def __post_init__(self) -> None:
-        numbers = ("max_problems", "batch_tokens", "slots")
-        for name in numbers:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_positive(
+            max_problems=self.max_problems,
+            samples=self.samples,
+            max_tokens=self.max_tokens,
+            batch_tokens=self.batch_tokens,
+            slots=self.slots,
+        )
+        self.drawing()
+
+    def drawing(self) -> Drawing:
+        """ValueError, naming it, for what no reply can be drawn by."""
+        return Drawing(self.samples, self.temperature, self.top_k, self.max_tokens)
 
 
 def main(config: Config) -> None:
@@ -89,8 +107,12 @@ def main(config: Config) -> None:
     results = evaluate(config, model, tasks)
     facts = model_facts(config.source, model.tag, model.meta)
     fresh = result_table(results, config.max_problems)
-    table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)
     console = make_console()
+    if config.drawing() != GREEDY:
+        console.print(on_screen(compact(fresh)))
+        console.print("Not in the report, where each problem has one greedy reply.")
+        return
+    table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)
     console.print(on_screen(compact(table)))
     for line in outweighed(fresh, table):
         console.print(line)
@@ -135,6 +157,7 @@ def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[
                 max_problems=config.max_problems,
                 batch_tokens=config.batch_tokens,
                 slots=slots,
+                drawing=config.drawing(),
                 on_progress=lambda share, bar=bar: progress.update(bar, completed=share),
             )
             progress.update(bar, completed=1.0)

@@ -129,7 +129,7 @@ def test_impossible_requests_fail_before_a_model_is_loaded(trained, words, messa
 def test_tasks_may_be_given_in_a_row_or_again_and_again():
     parsed = cli.parse(chat_eval.Config, ["-a", "ARC-Easy|MMLU", "-a", "GSM8K"])
     assert parsed.task == ("ARC-Easy|MMLU", "GSM8K")
-    with pytest.raises(ValueError, match="max_problems=0 must be at least 1"):
+    with pytest.raises(ValueError, match="--max-problems 0: must be above 0"):
         chat_eval.Config(max_problems=0)
 
 
@@ -235,6 +235,15 @@ def test_a_quick_look_says_that_the_larger_sample_stays(judged, monkeypatch, cap
     assert judged(["-a", "GSM8K", "-x", "2"]).figures["GSM8K of 10"] == 0.5
     said = capsys.readouterr().out
     assert "GSM8K: 0.0 [0.0, 65.8] of 2 now; the result of 10 problems stays" in said
+
+
+def test_drawn_replies_are_shown_and_leave_the_report(judged, capsys):
+    """Eight tries at a problem are not what the other models of the table had."""
+    reported = judged([])
+    capsys.readouterr()
+    assert judged(["-a", "GSM8K", "-n", "8", "-t", "1"]) == reported
+    shown = capsys.readouterr().out
+    assert "Not in the report" in shown and "GSM8K" in shown
 
 
 def test_models_of_other_tags_stand_side_by_side_under_their_names(trained, judged, tmp_path):

@@ -264,7 +264,7 @@ def test_a_users_mistake_is_one_line_and_ours_a_traceback(capsys, monkeypatch):
     [
         (["scripts.tok_train", "--vocab-size", "100"], "vocab_size 100 must be at least 265"),
         (["scripts.data_download", "--dataset", "x"], "dataset 'x': choose one of climbmix"),
-        (["scripts.base_eval", "--max-per-task", "0"], "max_per_task=0 must be at least 1"),
+        (["scripts.base_eval", "--max-per-task", "0"], "--max-per-task 0: must be above 0"),
     ],
 )
 def test_impossible_values_are_named(words, message, capsys, monkeypatch):

@@ -12,10 +12,12 @@ from scipy.stats import binomtest
 from jaxchat import task_report
 from jaxchat.backend import backend_class
 from jaxchat.conversation import render, render_for_completion
+from jaxchat.engine import Engine
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
 from jaxchat.report import KeyValues, Section, Table
-from jaxchat.task_eval import ChatResult, evaluate_chat, wilson
+from jaxchat.request import Request
+from jaxchat.task_eval import SAMPLE_SEED, ChatResult, Drawing, evaluate_chat, wilson
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import MultipleChoice, Task, ask_choice
 from jaxchat.tasks.humaneval import HumanEval
@@ -166,6 +168,59 @@ def test_replies_are_generated_together_and_judged_by_the_task():
     assert result.called == 9  # the wrong ones say nothing at all
     assert max(backend.dispatches) == 4
     assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+class Guess(Task):
+    """Right is one word, which the test chooses."""
+
+    name, kind, max_tokens, word = "guess", "generative", 1, ""
+
+    def _examples(self):
+        return 8
+
+    def _example(self, index):
+        question = {"role": "user", "content": f"Which word, {index}?"}
+        return {"messages": [question, {"role": "assistant", "content": "one"}]}
+
+    def _identity(self):
+        return ""
+
+    def evaluate(self, conversation, reply):
+        return reply == self.word
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_a_problem_is_solved_if_one_of_its_samples_is_right(backend, samples):
+    """Against replies that are written a problem at a time."""
+    drawing, task = Drawing(samples, temperature=30.0, top_k=0), Guess()
+    engine, said = Engine(backend, TOKENIZER, slots=1), []
+    for number, problem in enumerate(task.shuffled(SAMPLE_SEED)):
+        ids = render_for_completion(TOKENIZER, problem)
+        request = Request(ids, drawing.params(seed=number, room=1), n=samples)
+        said.append([reply.text for reply in engine.complete([request])])
+    words = sorted({word for replies in said for word in replies})
+    solved = {word: sum(word in replies for replies in said) for word in words}
+    assert len(set(solved.values())) > 1
+    for task.word, correct in solved.items():
+        result = evaluate(backend, task, drawing=drawing)
+        assert (result.problems, result.correct, result.samples) == (8, correct, samples)
+
+
+def test_a_reply_is_as_long_as_is_asked_for_and_shares_are_of_all_replies(monkeypatch):
+    task, said = Guess(), []
+    monkeypatch.setattr(task, "evaluate", lambda _, reply: said.append(reply))
+    backend = ScriptedBackend(replace(CONFIG, sequence_len=512), lambda held: ord("x"))
+    result = evaluate(backend, task, drawing=Drawing(3, temperature=1.0, max_tokens=7))
+    assert said == ["x" * 7] * (8 * 3)
+    (row,) = task_report.result_table([replace(result, ended=6)]).rows
+    assert row[task_report.COLUMNS.index("ended")] == 6 / 24
+
+
+def test_several_greedy_replies_are_refused():
+    with pytest.raises(ValueError, match="4 samples at temperature 0 are one reply 4 times"):
+        Drawing(samples=4)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        Drawing(temperature=-1)
 
 
 def test_a_reply_that_does_not_end_is_counted():
