@@ -95,9 +95,7 @@ class JaxBackend:
         self._params = jax.jit(draw, out_shardings=self._placements)()
 
     def get_params(self) -> dict[str, np.ndarray]:
-        whole = jax.jit(
-            lambda x: x, out_shardings=self._replicated
-        )  # one at a time: they are large
+        whole = jax.jit(lambda x: x, out_shardings=self._replicated)  # of one: they are large
         return {name: np.asarray(whole(value)) for name, value in self.params.items()}
 
     def set_params(self, params: Mapping[str, np.ndarray]) -> None:

@@ -212,20 +212,28 @@ def load_model(
     """
     tag, store, step = find_checkpoint(source, model_tag, step)
     meta = store.read_meta(step)
-    tokenizer = Tokenizer.load(base_dir() / "tokenizer")
-    check_tokenizer(meta, tokenizer, store.path(step))
+    tokenizer = tokenizer_of(meta, store.path(step))
     config = GPTConfig(**meta["model"])
     model = backend_class(backend)(config, dtype=dtype, device=device, mesh=mesh)
     load_arrays(model, store.path(step), meta, training=False)
     return LoadedModel(model, tokenizer, meta, tag, store.path(step))
 
 
-def check_tokenizer(meta: Mapping[str, Any], tokenizer: Tokenizer, path: Path) -> None:
-    """Raise when a checkpoint was trained with another tokenizer than the one at hand."""
-    trained_with = meta.get("tokenizer")
-    if trained_with != tokenizer.fingerprint:
-        raise ValueError(
-            f"{path} was trained with tokenizer {trained_with}, but the base directory holds "
-            f"{tokenizer.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, name the "
-            "tokenizer-replaced-<time> that it had `tokenizer` again, or train the model again"
-        )
+def tokenizer_of(meta: Mapping[str, Any], path: Path) -> Tokenizer:
+    """What the checkpoint in `path` was trained with: the base directory's, or an earlier one.
+
+    ValueError where neither `tok_train` has it now nor left it beside the one that replaced it.
+    """
+    newest, trained_with = Tokenizer.load(base_dir() / "tokenizer"), meta.get("tokenizer")
+    if newest.fingerprint == trained_with:
+        return newest
+    for directory in base_dir().glob("tokenizer-replaced-*"):
+        with suppress(OSError, ValueError):  # damaged: it was another's
+            earlier = Tokenizer.load(directory)
+            if earlier.fingerprint == trained_with:
+                return earlier
+    raise ValueError(
+        f"{path} was trained with tokenizer {trained_with}, but the base directory holds "
+        f"{newest.fingerprint}; point JAXCHAT_BASE_DIR at the run's own folder, or train the "
+        "model again"
+    )

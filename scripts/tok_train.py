@@ -6,7 +6,7 @@
 Reads documents until `--max-chars`, learns the merges, and writes BASE/tokenizer (see
 jaxchat/tokenizer.py for the files) and a section of the report. The models in BASE are trained
 with it: another tokenizer is for other models, best in a folder of their own (JAXCHAT_BASE_DIR).
-One that is replaced all the same is kept beside the new one.
+One that is replaced all the same is kept beside the new one, where its models find it.
 """
 
 import time
@@ -99,9 +99,9 @@ def learn(config: Config, base: Path, card: report.Report) -> None:
     )
     if earlier is not None:
         console.print(
-            f"The tokenizer that was there is another, now in {earlier}. Models trained with it "
-            f"refuse this one: to use them again, name that folder {directory.name}. Set "
-            "JAXCHAT_BASE_DIR to keep models of different tokenizers apart.",
+            f"The tokenizer that was there is another, now in {earlier}: models trained with it "
+            "go on using that one. Their pretraining cannot be continued beside this one; set "
+            "JAXCHAT_BASE_DIR to keep such models apart.",
             soft_wrap=True,
         )
     parts: list[report.Part] = [

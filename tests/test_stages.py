@@ -8,7 +8,6 @@ import pytest
 
 from jaxchat.checkpoint import META, CheckpointStore
 from jaxchat.stages import (
-    check_tokenizer,
     find_checkpoint,
     find_model_tag,
     find_output,
@@ -18,6 +17,7 @@ from jaxchat.stages import (
     recorded,
     stage_directory,
     tag_of,
+    tokenizer_of,
 )
 from jaxchat.tokenizer import Tokenizer
 from scripts import base_train
@@ -142,11 +142,20 @@ def test_what_goes_on_says_what_it_is_made_of(base_dir):
     assert recorded(store, OURSELVES, "plan", resume="never") is None
 
 
-def test_another_tokenizer_is_refused_by_name(tmp_path):
-    tokenizer = Tokenizer.train(iter(["some text and some more text"]), vocab_size=270)
-    check_tokenizer({"tokenizer": tokenizer.fingerprint}, tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="was trained with tokenizer other"):
-        check_tokenizer({"tokenizer": "other"}, tokenizer, tmp_path)
+def test_a_model_finds_the_tokenizer_that_another_has_replaced(base_dir):
+    """It refused the new one, and the user had to give the old one its name again."""
+    made = {}
+    for size, name in ((272, "tokenizer-replaced-1"), (270, "tokenizer-replaced-2"), (268, "")):
+        tokenizer = Tokenizer.train(iter(["some text and some more text"]), vocab_size=size)
+        tokenizer.save(base_dir / (name or "tokenizer"))
+        made[size] = tokenizer.fingerprint
+    (base_dir / "tokenizer-replaced-2/tokenizer.bpe").write_text("damaged")
+    for size in (272, 268):
+        found = tokenizer_of({"tokenizer": made[size]}, base_dir)
+        assert (found.fingerprint, found.vocab_size) == (made[size], size)
+    for lost in (made[270], "other"):
+        with pytest.raises(ValueError, match=f"was trained with tokenizer {lost}"):
+            tokenizer_of({"tokenizer": lost}, base_dir)
 
 
 def test_a_model_of_another_tokenizer_is_not_loaded(base_dir):
