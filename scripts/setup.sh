@@ -20,5 +20,10 @@ if ! command -v uv >/dev/null; then
     export PATH="$(python3 -m site --user-base)/bin:$PATH"
 fi
 
+loudness=--quiet
+if [[ ! -d .venv ]]; then
+    echo "installing the packages into .venv: up to 3 GB to download"
+    [[ ! -t 2 ]] || loudness=  # uv's bars, where somebody looks
+fi
 # inexact: what an earlier call asked for, such as CUDA, stays
-uv sync --quiet --locked --inexact --compile-bytecode "$@"
+uv sync $loudness --locked --inexact --compile-bytecode "$@"
