@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jaxchat import sampling
 from jaxchat.backend import Backend, DecodeBatch, backend_class
@@ -18,7 +20,15 @@ from jaxchat.sampling_params import SamplingParams
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import Limits
 from tests.models import assert_same_arrays
-from torch_ref import attention, device_sampling, loss, runtime, train_step, weights
+from torch_ref import (
+    attention,
+    device_sampling,
+    loss,
+    runtime,
+    torch_backend,
+    train_step,
+    weights,
+)
 from torch_ref.torch_backend import TorchBackend
 
 MODERN = GPTConfig(
@@ -272,6 +282,36 @@ def test_half_precision_decoding_reads_weights_cast_once_and_never_stale():
         train(backend, 1)
 
 
+def test_weights_to_decode_with_are_made_without_a_second_float32_copy():
+    class Making(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if not func.is_view and result.device.type != "meta":
+                made.add((func.name(), result.dtype))
+            return result
+
+    backend, made = make_backend(MODERN, dtype="bfloat16"), set()
+    with Making():
+        backend._decoding_model()
+    assert made == {("aten::_to_copy", torch.bfloat16)}
+
+
+def test_an_idle_row_may_hold_more_than_those_that_decode():
+    """Nothing is counted of it where its neighbours' penalties are."""
+    backend = make_backend(MODERN)
+    lengths = [10, 60, 12]
+    params = [SamplingParams(temperature=0.0, presence_penalty=0.5)] * 3
+    results = []
+    for longest in (60, 14):
+        cache, newest = filled_cache(backend, [10, longest, 12])
+        lengths[1] = longest
+        results.append(
+            backend.decode(cache, decode_batch(newest, lengths, [4, 0, 4], params=params))
+        )
+    assert results[0].counts.tolist() == [4, 0, 4]
+    np.testing.assert_array_equal(results[0].tokens, results[1].tokens)
+
+
 def test_log_probabilities_are_of_the_unfiltered_distribution(config):
     backend = make_backend(config)
     cache, newest = filled_cache(backend, [10])
@@ -333,6 +373,32 @@ def test_micro_batches_weigh_by_their_targets():
         metrics = backend.train_step(*batch, schedule_at(0, ScheduleConfig(), PLAN))
         results.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_step_that_failed_leaves_no_gradient_to_the_next(monkeypatch):
+    whole, failed = make_backend(MODERN), make_backend(MODERN)
+    for backend in (whole, failed):
+        backend.start_training(OptimizerConfig(), PLAN)
+    once = iter([train_step.cross_entropy])  # for one micro-batch of two
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "cross_entropy", lambda *args: next(once)(*args))
+        with pytest.raises(StopIteration):
+            train(failed, 1)
+    assert train(failed, 2) == train(whole, 2)
+
+
+def test_a_step_has_the_memory_of_the_weights_that_decoded(monkeypatch):
+    backend = make_backend(MODERN, dtype="bfloat16")
+    backend.start_training(OptimizerConfig(), PLAN)
+    cast, found = weakref.ref(backend._decoding_model()), []
+
+    def look(*args, **options):
+        found.append(cast())
+        return train_step.loss_and_grads(*args, **options)
+
+    monkeypatch.setattr(torch_backend, "loss_and_grads", look)
+    train(backend, 1)
+    assert found == [None]
 
 
 def test_float16_training_scales_its_loss_and_skips_overflows():
@@ -513,3 +579,29 @@ def test_the_default_dtype_is_the_devices(monkeypatch):
     for capability, dtype in {(7, 5): torch.float32, (8, 0): torch.bfloat16}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert runtime.compute_dtype(torch.device("cuda")) == dtype
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("JAXCHAT_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.pick_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="use --nproc-per-node 2"):
+        runtime.pick_device()
+
+
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch):
+    """Each would train all of it, and write to the same folder."""
+    for name, value in {
+        "COORDINATOR": "host:1",
+        "PROCESS_COUNT": "2",
+        "PROCESS_INDEX": "1",
+    }.items():
+        monkeypatch.setenv(f"JAXCHAT_{name}", value)
+    with pytest.raises(ValueError, match="start it with torchrun, or use --backend jax"):
+        TorchBackend(MODERN)
+    monkeypatch.setenv("JAXCHAT_PROCESS_COUNT", "1")
+    assert TorchBackend(MODERN).ranks.world == 1

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from jaxchat import sampling
 from jaxchat.backend import DecodeBatch
@@ -146,6 +147,15 @@ def test_evaluation_needs_the_memory_of_8192_tokens_however_many_there_are(monke
 def test_several_processes_on_the_one_gpu_of_a_mac_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with virtual_mps(monkeypatch), pytest.raises(ValueError, match="run without torchrun"):
+        TorchBackend(MODERN)
+
+
+def test_a_pytorch_that_attends_wrongly_on_a_mac_is_refused(monkeypatch):
+    with virtual_mps(monkeypatch):
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.1"))
+        with pytest.raises(ValueError, match=r"install 2\.14 or later, or set JAXCHAT_DEVICE=cpu"):
+            TorchBackend(MODERN)
+        monkeypatch.setenv("JAXCHAT_DEVICE", "cpu")
         TorchBackend(MODERN)
 
 

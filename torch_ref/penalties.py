@@ -52,7 +52,8 @@ def tally(
         for token, value in row.logit_bias:
             bias[i, token] = value
     positions = torch.arange(ids.shape[1], device=device)[None]
-    text = ids.scatter(1, lengths[:, None], newest[:, None])
+    ends = lengths.clamp(max=ids.shape[1] - 1)  # an idle row may hold more than is looked at
+    text = ids.scatter(1, ends[:, None], newest[:, None])
     prompt = positions < prompt_lengths[:, None]
     reply = (positions <= lengths[:, None]) & ~prompt
     counts, in_prompt = (

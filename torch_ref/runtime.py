@@ -13,6 +13,10 @@ from jaxchat.backend import DeviceInfo
 PLATFORMS = {"cuda": "gpu", "mps": "mps", "cpu": "cpu"}
 """What `DeviceInfo` calls torch's device types."""
 
+MPS_SINCE = "2.14"
+"""PyTorch before attended wrongly there, and said nothing: in half precision queries saw the future
+(pytorch/pytorch#195910), and rows that decode together took the mask of the first (#184180)."""
+
 
 def pick_device(number: int | None = None) -> torch.device:
     """CUDA, else MPS, else the CPU, unless `JAXCHAT_DEVICE` asks for one of them.
@@ -31,11 +35,20 @@ def pick_device(number: int | None = None) -> torch.device:
     count = torch.cuda.device_count() if asked == "cuda" else 1
     if number is not None and not 0 <= number < count:
         raise ValueError(f"there is no {asked} device {number}: {count} here, counted from 0")
-    if asked == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", "0")) if number is None else number
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device(asked)
+    if asked == "mps" and torch.__version__ < MPS_SINCE:
+        raise ValueError(
+            f"PyTorch {torch.__version__} attends wrongly on a Mac's GPU: install "
+            f"{MPS_SINCE} or later, or set JAXCHAT_DEVICE=cpu"
+        )
+    if asked != "cuda":
+        return torch.device(asked)
+    index = int(os.environ.get("LOCAL_RANK", "0")) if number is None else number
+    if index >= count:
+        raise ValueError(
+            f"torchrun started more processes than there are GPUs: use --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def compute_dtype(device: torch.device, explicit: str | None = None) -> torch.dtype:

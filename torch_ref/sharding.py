@@ -5,6 +5,7 @@ and its own rows of a batch, while the optimizer state is cut over the processes
 1910.02054). Without torchrun there is one process and every function here is the identity.
 """
 
+import atexit
 import os
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+from jaxchat import runtime
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def join_ranks(device: torch.device) -> Ranks:
     """The processes that torchrun started, meeting over NCCL on CUDA and gloo elsewhere."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
+        _check_alone()
         return Ranks()
     if device.type == "mps":
         raise ValueError(
@@ -81,4 +85,24 @@ def join_ranks(device: torch.device) -> Ranks:
         )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_end_gloo)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _check_alone() -> None:
+    """ValueError where each of several processes would take itself for the whole run."""
+    started = None if "TORCHELASTIC_RUN_ID" in os.environ else runtime.launch()
+    if started is not None and started.count != 1:
+        raise ValueError(
+            f"this is one of several processes, by {started.by}, but PyTorch hears of others from "
+            "torchrun alone: start it with torchrun, or use --backend jax"
+        )
+
+
+def _end_gloo() -> None:
+    """A thread of gloo's that still holds a tensor would abort an interpreter that ends.
+
+    NCCL's processes end on their own: there, one that failed would wait for all others.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()

@@ -5,7 +5,6 @@ it computes nothing itself. Under torchrun every process is called alike, with t
 works on its own rows. Left out: schedules, data and checkpoint names, which belong to callers.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -182,6 +181,7 @@ class TorchBackend:
                 f"device_batch_size that is a multiple of {world}"
             )
         own = slice(self.ranks.rank * rows // world, (self.ranks.rank + 1) * rows // world)
+        self._cast_model = None  # the step needs its memory
         loss, grads = loss_and_grads(
             self.model,
             self._to_device(inputs[:, own]),
@@ -280,7 +280,10 @@ class TorchBackend:
         if self.dtype == torch.float32:
             return self.model
         if self._cast_model is None:
-            self._cast_model = copy.deepcopy(self.model).to(self.dtype)
+            with torch.device("meta"):
+                self._cast_model = GPT(self.config, self.dtype)
+            cast = {name: x.to(self.dtype) for name, x in self.model.state_dict().items()}
+            self._cast_model.load_state_dict(cast, assign=True)
         return self._cast_model
 
     def _to_device(self, ids: np.ndarray) -> Tensor:

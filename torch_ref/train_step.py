@@ -55,6 +55,7 @@ def loss_and_grads(
 
     `inputs`, `targets` and `weights` are this process's rows; `count` spans all processes.
     """
+    model.zero_grad()  # of a step that failed halfway
     total = torch.zeros((), device=inputs.device)
     counted = (targets >= 0).float()
     weights = counted if weights is None else counted * weights

@@ -1,5 +1,6 @@
 """Two processes under gloo train, score, save and write what one process does."""
 
+import atexit
 import json
 import os
 import socket
@@ -95,6 +96,7 @@ def one_of_two(rank, port, folder):
         "MASTER_PORT": str(port),
         "JAXCHAT_DEVICE": "cpu",
     }
+    atexit.register(write_down_the_end, folder / f"ended{rank}.json")
     curve, backend = train(folder, range(STEPS), save_as="two")
     even, odd = (backend.score(*(x[0, :rows] for x in batch(9))) for rows in (4, 3))
     resumed, _ = train(folder, range(STEPS, STEPS + 2), resume_from="two")
@@ -104,7 +106,11 @@ def one_of_two(rank, port, folder):
         seen = {"curve": curve, "resumed": resumed, "count": backend.devices.count}
         seen["state"] = held_state(backend)
         (folder / "seen.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
+
+
+def write_down_the_end(path):
+    """What is left of the company when all else has ended."""
+    path.write_text(json.dumps({"together": torch.distributed.is_initialized()}))
 
 
 def held_state(backend):
@@ -187,3 +193,9 @@ def test_their_checkpoint_is_whole(folder, one_process, parity):
     seen = json.loads((folder / "seen.json").read_text())
     difference = np.abs(np.array(seen["resumed"]) - continued).max()
     parity("two torch processes: loss and gradient norm", difference, "resumed")
+
+
+def test_they_part_before_their_interpreters_end(folder):
+    """Or threads of gloo's would abort some of them, and a finished run would have failed."""
+    ends = [json.loads((folder / f"ended{rank}.json").read_text()) for rank in (0, 1)]
+    assert ends == [{"together": False}] * 2
