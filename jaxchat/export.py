@@ -206,6 +206,8 @@ model = AutoModelForCausalLM.from_pretrained(path{trust})
 {_usage(source)}
 ```
 
+On a Mac's GPU this needs PyTorch 2.14 or later: attention of earlier ones is wrong there.
+
 ## Results
 
 {results}

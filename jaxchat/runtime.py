@@ -6,7 +6,10 @@ What only a framework can tell is in devices.py and in torch_ref/runtime.py.
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,12 +66,14 @@ def memory_bytes() -> int:
 
 def cpu_model() -> str:
     """The processor's marketing name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            match = re.search(r"model name\s*:\s*(.+)", info.read())
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    with suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            ask = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.check_output(ask, text=True, stderr=subprocess.DEVNULL).strip()
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
 
 
 class Launch(NamedTuple):

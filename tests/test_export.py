@@ -184,6 +184,7 @@ def test_the_card_shows_the_results_of_this_model(saved, base_dir, tmp_path):
     assert "| sft_loss | ChatCORE | 0.2000 |" in card
     assert "base_" not in card  # another stage's
     assert "| stage and step | sft, 40 |" in card
+    assert "PyTorch 2.14 or later" in card
     assert "split_special_tokens=True" in card and "`<|python_start|>`" in card
     assert ("trust_remote_code=True" in card) == (saved.config != saved.config.classic())
 

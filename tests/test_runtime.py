@@ -1,5 +1,8 @@
 """The machine without a framework."""
 
+import platform
+import sys
+
 import pytest
 
 from jaxchat import runtime
@@ -17,6 +20,17 @@ def test_the_longest_name_of_a_card_decides_its_peak():
     assert runtime.peak_flops("TPU v5") == 459e12  # v5p
     assert runtime.peak_flops("TPU v5 lite") == 197e12
     assert runtime.peak_flops("cpu") is None
+
+
+def test_a_mac_tells_the_name_of_its_chip(tmp_path, monkeypatch):
+    """It has no /proc; where nothing tells it, the architecture has to do."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.cpu_model() in (platform.processor(), platform.machine())
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo "Apple M4"\n')
+    sysctl.chmod(0o755)
+    assert runtime.cpu_model() == "Apple M4"
 
 
 def test_an_explicit_dtype_wins_over_the_environment(monkeypatch):
