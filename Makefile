@@ -31,9 +31,9 @@ test: setup
 	$(BIN)/pytest tests -m "not slow" -rs -n 2 --dist loadfile
 	$(CARGO) test -p rustbpe
 
-# The chat page in a real browser; without one they skip and say so. One at a time: some measure time.
+# The chat page in a real browser; without one they skip and say so.
 page: setup
-	$(BIN)/pytest tests/page -m slow -rs
+	$(BIN)/pytest tests/page -m slow -rs -n 2 --dist loadfile
 
 # The slow tests of what no fast one starts: runs of several processes, a server's end, a benchmark.
 processes: setup

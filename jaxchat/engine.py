@@ -164,7 +164,6 @@ class Engine:
         else:
             for number in dict.fromkeys(sample.number for sample in samples):
                 self._end(number, "error")
-        self._at_work = ()
         for slot in self._slots:
             slot.pending = [] if slot.sample is None else slot.held + slot.pending
             slot.held = []
@@ -183,7 +182,6 @@ class Engine:
             self.complete([Request([self.tokenizer.bos_id], params, tools=False)])
         finally:
             self._slots, self._waiting, self._suspects = slots, waiting, suspects
-            self._at_work = ()
             self._events.clear()
 
     def score_prompt(self, ids: Sequence[int]) -> PromptScores:
@@ -389,7 +387,7 @@ class Engine:
             slot.pending.append(forced)
             self._emit(sample, forced, None)
         if sample.reply.stopped or not self._room(sample):
-            self._finish(sample, "stop" if sample.reply.stopped else "length")
+            self._finish(sample, "length")  # unless a stop string ended it
             slot.sample = None
 
     def _room(self, sample: Sample) -> int:

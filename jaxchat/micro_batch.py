@@ -21,6 +21,9 @@ from jaxchat.plan import TrainingPlan
 UNKNOWN_MEMORY_TOKENS = 2**16
 """Tokens a device takes at a time where nobody says what fits."""
 
+MAC_TOKENS = 2**13
+"""The same of a Mac, whose GPU keeps the scores of attention: by an estimate, none was at hand."""
+
 
 def settle_rows(
     backend: Backend,
@@ -47,7 +50,8 @@ def settle_rows(
     chosen = before if asked is None and before in choices else asked
     limit = _limit(backend, card)
     if limit is None:
-        most = max(1, UNKNOWN_MEMORY_TOKENS // sequence_len)
+        tokens = MAC_TOKENS if backend.devices.platform == "mps" else UNKNOWN_MEMORY_TOKENS
+        most = max(1, tokens // sequence_len)
         return max(n for n in choices if n <= most) if chosen is None else chosen
     needs: dict[int, StepMemory] = {}
 

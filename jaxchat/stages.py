@@ -74,7 +74,7 @@ def model_tags(source: str) -> list[str]:
     """The models of a stage; FileNotFoundError, with the remedy, when there is none."""
     folder, tags = _stage_folder(source), _tags(source)
     if not tags:
-        others = [stage for stage in STAGE_FOLDERS if stage != source and _tags(stage)]
+        others = [stage for stage in STAGE_FOLDERS if _tags(stage)]
         remedy = (
             f"take another stage's (-i {others[-1]})"
             if others

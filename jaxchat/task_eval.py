@@ -147,8 +147,8 @@ def _choose(
 ) -> ChatResult:
     context = backend.config.sequence_len
     prompts, cropped = _prompts(tokenizer, problems, context)
-    # of similar length together; ties in a fixed order
-    order = sorted(range(len(prompts)), key=lambda i: (bucket_length(len(prompts[i]), context), i))
+    # of similar length together
+    order = sorted(range(len(prompts)), key=lambda i: bucket_length(len(prompts[i]), context))
     correct, done = 0, 0
     while done < len(order):
         bucket = bucket_length(len(prompts[order[done]]), context)

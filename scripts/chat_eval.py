@@ -99,7 +99,8 @@ def main(config: Config) -> None:
     started = time.monotonic()
     report = Report(base_dir())
     report.check_writable()
-    find_checkpoint(config.source, config.model_tag, config.step)  # before slow work
+    report.sections()  # a damaged one is named
+    find_checkpoint(config.source, config.model_tag, config.step)  # all this before slow work
     tasks = choose_tasks(config)
     model = load_model(
         config.source, backend=config.backend, model_tag=config.model_tag, step=config.step

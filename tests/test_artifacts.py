@@ -359,13 +359,15 @@ def test_a_claim_on_what_stays_empty_leaves_no_folder(tmp_path):
     assert sorted(path.name for path in full.iterdir()) == [".claim", "file"]
 
 
-def test_a_claim_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch):
+@pytest.mark.parametrize("another", [True, False])
+def test_a_claim_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch, another):
     """Two who come as a third goes: one has opened the file that the third removes."""
     lock = artifacts.fcntl.flock
 
     def late(file, how):
         (tmp_path / ".claim").unlink()
-        (tmp_path / ".claim").touch()
+        if another:
+            (tmp_path / ".claim").touch()
         lock(file, how)
 
     monkeypatch.setattr(artifacts.fcntl, "flock", late)

@@ -106,9 +106,29 @@ def test_a_later_run_keeps_the_other_rows_of_the_same_model_alone(trained, tmp_p
     assert rows() == ["fruit.jsonl"]
 
 
-def test_the_torch_backend_reads_its_own_models_only(trained):
+def test_a_model_that_is_not_there_is_said_before_any_task_is_opened(trained, monkeypatch):
+    monkeypatch.setattr(chat_eval, "choose_tasks", lambda config: pytest.fail("slow work"))
     with pytest.raises(FileNotFoundError, match="no rl model in"):
         run(["-i", "rl", *ARITHMETIC])
+
+
+def test_a_damaged_section_is_named_before_any_task_is_opened(base_dir, monkeypatch):
+    """It was named after everything had been asked, whose results were lost."""
+    monkeypatch.setattr(chat_eval, "choose_tasks", lambda config: pytest.fail("slow work"))
+    (base_dir / "report/sections").mkdir(parents=True)
+    (base_dir / "report/sections/base_eval.json").write_text("{")
+    with pytest.raises(ValueError, match=r"base_eval\.json is damaged"):
+        run([])
+
+
+def test_what_is_asked_of_memory_reaches_the_evaluation(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        chat_eval, "evaluate_chat", lambda *_, **given: asked.append(given) or result("GSM8K")
+    )
+    run(["-i", "sft", "-a", "Arithmetic"])
+    run(["-i", "sft", "-a", "Arithmetic", "--slots", "3", "--batch-tokens", "70"])
+    assert [(given["slots"], given["batch_tokens"]) for given in asked] == [(8, 16384), (3, 70)]
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,22 @@ def test_few_rollouts_shrink_the_micro_batch_by_themselves(questions, samples, d
     assert chat_rl.settled_rows(config, devices) == rows
 
 
+def test_rollouts_of_a_micro_batch_are_those_asked_for_where_they_divide_a_devices_share():
+    config = chat_rl.Config(questions=4, samples=6)  # 12 for each of two devices
+    for rows in (12, 6):
+        assert chat_rl.settled_rows(replace(config, device_batch_size=rows), 2) == rows
+    with pytest.raises(ValueError, match=r"=8 x 2 device\(s\); use --device-batch-size 4$"):
+        chat_rl.settled_rows(replace(config, device_batch_size=8), 2)
+
+
+@pytest.mark.parametrize(("problems", "steps"), [(3, 1), (16, 1), (47, 2)])
+def test_one_pass_takes_at_least_one_step(problems, steps):
+    model = SimpleNamespace(meta={"plan": {"total_batch_size": 4096}})
+    config = chat_rl.Config(questions=16)
+    plan, _ = chat_rl.plan_of(config, model, Lucky("train", problems))
+    assert plan.num_iterations == steps
+
+
 def test_rollouts_that_do_not_divide_over_devices_name_the_questions():
     with pytest.raises(ValueError, match=r"not a multiple of 8 devices; use --questions 8$"):
         chat_rl.settled_rows(chat_rl.Config(questions=3, samples=3), 8)

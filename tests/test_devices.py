@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jaxchat import devices
@@ -21,6 +22,14 @@ def test_an_option_that_this_xla_lacks_is_left_out_and_told_once(capsys):
 def test_this_xla_takes_all_that_gpus_are_given():
     assert devices.known(devices.SEVERAL_GPUS) == devices.SEVERAL_GPUS
     assert devices.known(devices.GRAPHS) == devices.GRAPHS
+
+
+def test_a_local_device_has_a_number_from_0():
+    assert devices.pick(0) == jax.local_devices()[:1]
+    assert devices.pick(7) == jax.local_devices()[7:]
+    for number in (-1, 8):
+        with pytest.raises(ValueError, match=f"no device {number}: this process has 8, counted"):
+            devices.pick(number)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "gpu", "cpuu"])

@@ -246,6 +246,29 @@ def test_impossible_prompts_are_refused_with_numbers():
     assert not engine.busy
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 0}, "n=0 must be at least 1"),
+        ({"row": -1}, "row=-1 at least 0"),
+        ({"params": replace(GREEDY, logit_bias=((300, 1.0),))}, "names token 300, .* ends at 300"),
+    ],
+)
+def test_a_request_that_cannot_be_served_takes_none_of_its_list_down(fields, message):
+    """Where the first ones had begun, the engine was busy with them for ever."""
+    engine = saying([65] * 3)
+    good = Request(prompt(), GREEDY)
+    with pytest.raises(ValueError, match=message):
+        engine.complete([good, replace(good, **fields)])
+    assert [len(reply.ids) for reply in engine.complete([good])] == [3]
+
+
+def test_progress_is_the_share_of_replies_that_are_whole():
+    engine, heard = saying([65] * 9, slots=1, tokens_per_dispatch=4), []
+    engine.complete([Request(prompt(), GREEDY, n=2)], heard.append)
+    assert heard == [0, 0, 0, 0.5, 0.5, 0.5, 0.5, 1]  # a prompt and three dispatches for each
+
+
 def test_samples_of_one_prompt_share_one_prefill():
     engine = saying([65] * 3, slots=3)
     completions = engine.complete([Request(prompt(), GREEDY, n=7)])
@@ -597,6 +620,43 @@ def test_numbers_that_are_not_finite_end_their_request_and_say_so():
     with pytest.raises(ValueError, match=r"logits are not finite.*JAXCHAT_DTYPE=float32"):
         engine.step()
     assert [(event.request, event.finish_reason) for event in engine.reset()] == [(number, "error")]
+
+
+def test_a_dispatch_of_what_is_not_finite_takes_its_request_down_alone():
+    """Log-probabilities of a row that a device has spoilt, beside those of one that is sound."""
+
+    class Spoilt(ScriptedBackend):
+        def decode(self, cache, batch):
+            result = super().decode(cache, batch)
+            result.logprobs[[held[0] == 2 for held in cache]] = np.nan
+            return result
+
+    config = GPTConfig(sequence_len=64, vocab_size=tokenizer().vocab_size)
+    engine = Engine(Spoilt(config, lambda held: 65), tokenizer(), slots=2)
+    params, ends = replace(GREEDY, max_tokens=9), {}
+    sound, spoilt = (engine.submit(Request([first, 5], params)) for first in (1, 2))
+    while engine.busy:
+        try:
+            events = engine.step()
+        except ValueError:
+            events = engine.reset()
+        ends |= {event.request: event.finish_reason for event in events if event.finish_reason}
+    assert ends == {sound: "length", spoilt: "error"}
+
+
+def test_a_warm_up_leaves_nothing_that_a_row_has_held():
+    """It writes all over the cache; a prompt that came again was not read again."""
+
+    class Warming(ScriptedBackend):
+        def warm_up(self, cache, steps):
+            return self.new_cache(len(cache), self.max_length)
+
+    config = GPTConfig(sequence_len=64, vocab_size=tokenizer().vocab_size)
+    engine = Engine(Warming(config, lambda held: 65), tokenizer(), slots=1)
+    for _ in range(2):
+        engine.warm_up()
+        engine.complete([Request([1, 2, 3], replace(GREEDY, max_tokens=2))])
+    assert engine.backend.prefills == [(0, 0, 3)] * 2
 
 
 def test_the_token_that_ends_a_reply_has_the_models_probability():

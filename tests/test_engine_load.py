@@ -245,24 +245,24 @@ def test_a_step_that_fails_once_costs_nobody_anything(name, monkeypatch):
     assert "error" not in ends.values()
 
 
-@pytest.mark.parametrize("limit", [math.inf, 1])
-def test_only_the_request_that_makes_decoding_fail_ends(monkeypatch, limit):
+@pytest.mark.parametrize(("limit", "wrong"), [(math.inf, 0), (1, 2)])
+def test_only_the_request_that_makes_decoding_fail_ends(monkeypatch, limit, wrong):
     requests = mixed_requests(4)
     expected = [engine(slots=4).complete([request])[0].ids for request in requests]
     one, failed = engine(slots=4), []
     one.prefill_tokens = limit
     numbers = [one.submit(request) for request in requests]
-    decode, guilty = one.backend.decode, requests[2].params
+    decode, guilty = one.backend.decode, requests[wrong].params
 
     def poisoned(cache, batch):
         return 1 / 0 if guilty in batch.params else decode(cache, batch)
 
     monkeypatch.setattr(one.backend, "decode", poisoned)
     tokens, ends = drive(one, failed)
-    assert ends.pop(numbers[2]) == "error"
+    assert ends.pop(numbers[wrong]) == "error"
     assert "error" not in ends.values()
     assert len(failed) == 2  # together, and alone
-    others = [0, 1, 3]
+    others = [i for i in range(4) if i != wrong]
     assert [tokens[numbers[i]] for i in others] == [expected[i] for i in others]
 
 

@@ -133,6 +133,29 @@ def test_everything_ends_and_pauses_are_bounded(sizes, slots, limit):
     assert [told[number] for number in numbers] == [most for _, most in sizes]
 
 
+def test_who_makes_decoding_fail_is_found_in_two_failures_whatever_the_order_of_rows():
+    """All are read again before any is decoded alone: who was passed over is not suspected more."""
+
+    class Poisoned(Diary):
+        def decode(self, cache, batch):
+            if any(held[0] == 4 for held, n in zip(cache, batch.budgets, strict=True) if n):
+                raise ZeroDivisionError
+            return super().decode(cache, batch)
+
+    engine = Engine(Poisoned(), tokenizer(), tokens_per_dispatch=4, slots=3, prefill_tokens=1)
+    numbers = [engine.submit(prompt(n)) for n in (1, 2, 3)]
+    steps_until(engine, lambda events: {event.request for event in events} == set(numbers))
+    engine.cancel(numbers[0])
+    wrong, failures, ends = engine.submit(prompt(4)), 0, {}  # in the first row, and read last
+    while wrong not in ends:
+        try:
+            events = engine.step()
+        except ZeroDivisionError:
+            failures, events = failures + 1, engine.reset()
+        ends |= {event.request: event.finish_reason for event in events if event.finish_reason}
+    assert (failures, ends) == (2, {numbers[0]: "cancelled", wrong: "error"})
+
+
 def test_a_limit_that_reads_nothing_is_refused():
     with pytest.raises(ValueError, match="prefill_tokens=0 must be at least 1"):
         engine_of(prefill_tokens=0)

@@ -91,16 +91,18 @@ def test_nothing_to_count_is_an_error():
 
 
 class ListCorpus(Corpus):
-    """Documents given as groups of texts; counts how often one is read."""
+    """Documents given as groups of texts, all held out; counts how often one is read."""
 
     def __init__(self, *groups):
         super().__init__("list", "f")
         self._groups, self.reads = groups, 0
 
     def groups(self, split):
+        assert split == "val"
         return [(0, i, len(group)) for i, group in enumerate(self._groups)]
 
     def read_group(self, split, shard, group):
+        assert split == "val"
         self.reads += 1
         return self._groups[group]
 
@@ -251,6 +253,16 @@ def test_of_more_conversations_come_the_first_rows_of_trainings_packing():
     with ChatLoader(task, TOKENIZER, rows_per_batch=8, sequence_len=100, seed=3) as loader:
         expected = list(one_pass(loader, 1, lambda share: None))
     np.testing.assert_array_equal([b[:2] for b in found], [b[:2] for b in expected])
+
+
+def test_of_more_conversations_the_loader_alone_names_what_are_none(capsys):
+    """Looking whether all of them fit says nothing, or the first ones were named twice."""
+    task = Given([*[{"messages": "nonsense"}] * 4, *[exchange("q" * 20, "a" * 60)] * 40])
+    with ChatLoader(task, TOKENIZER, rows_per_batch=8, sequence_len=100, seed=3) as loader:
+        list(one_pass(loader, 1, lambda share: None))
+    expected = capsys.readouterr().out
+    told(task, tokens=1000, rows=8)
+    assert capsys.readouterr().out == expected
 
 
 def test_conversations_that_are_none_are_named_and_left_out(capsys):

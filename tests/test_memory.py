@@ -72,6 +72,10 @@ def test_presets_give_way_to_what_is_asked_for():
     assert savings_of(8, None, False) == CARDS[8].savings == Savings("block", True)
     assert savings_of(8, "none", False) == Savings("none", True)
     assert savings_of(24, "products", True) == Savings("products", True)
+    source = Savings("offload", True)
+    assert savings_of(None, None, False, before=source) == source
+    assert savings_of(None, "none", False, before=source) == Savings("none", True)
+    assert savings_of(24, None, False, before=source) == Savings()
     with pytest.raises(ValueError, match="--card 12: choose one of 8, 16, 24, 80"):
         savings_of(12, None, False)
     with pytest.raises(ValueError, match="--remat some: choose one of none, products"):
@@ -311,10 +315,42 @@ def test_what_does_not_even_compile_does_not_fit(backend, monkeypatch, capsys, c
             settle_rows(large, PLAN, sequence_len=64)
 
 
-def test_without_a_known_memory_a_device_takes_65536_tokens(backend):
+def test_any_other_error_of_a_compilation_is_no_question_of_memory(backend, monkeypatch):
+    def fails(shape):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(backend, "step_memory", fails)
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        settle_rows(with_memory(backend, 10**12), PLAN, sequence_len=64)
+
+
+def test_the_smallest_device_of_all_processes_decides(backend, needs, monkeypatch):
+    one = with_memory(backend, (needs[4].total + 1) / USABLE)
+    for other, rows in [((needs[2].total + 1) / USABLE, 2), (10**12, 4), (None, 16)]:
+        monkeypatch.setattr(one, "gather", lambda own, other=other: [own, other])
+        assert settle_rows(one, PLAN, sequence_len=64) == rows
+
+
+def test_a_step_is_compiled_with_the_rows_of_all_devices(monkeypatch):
+    eight, shapes = with_memory(JaxBackend(SMALL, mesh="data=8"), 10**12), []
+
+    def listen(shape):
+        shapes.append(shape)
+        return StepMemory(1, 1, 1)
+
+    monkeypatch.setattr(eight, "step_memory", listen)
+    assert settle_rows(eight, PLAN, sequence_len=64, asked=1) == 1
+    assert settle_rows(eight, PLAN, sequence_len=64) == 2
+    assert shapes == [(2, 8, 64), (1, 16, 64)]
+
+
+def test_without_a_known_memory_a_device_takes_65536_tokens_and_a_macs_8192(backend, monkeypatch):
     unknown = with_memory(backend, None)
     plan = replace(PLAN, total_batch_size=2**19)
     assert settle_rows(unknown, plan, sequence_len=2048) == 32
+    assert settle_rows(unknown, plan, sequence_len=2**17) == 1
+    monkeypatch.setattr(unknown, "devices", unknown.devices._replace(platform="mps"))
+    assert settle_rows(unknown, plan, sequence_len=2048) == 4
 
 
 def test_the_step_that_was_measured_is_the_one_that_runs(backend):
@@ -365,7 +401,8 @@ def test_the_memory_of_the_machine_is_what_the_kernel_says():
     with open("/proc/meminfo") as info:
         kilobytes = int(info.readline().split()[1])
     assert 0 < runtime.memory_bytes() <= 1024 * kilobytes
-    assert 0 < JaxBackend(SMALL).devices.memory_bytes < runtime.memory_bytes()
+    devices = JaxBackend(SMALL).devices
+    assert 0 < devices.count * devices.memory_bytes < runtime.memory_bytes()
 
 
 @pytest.mark.parametrize(

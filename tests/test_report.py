@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxchat import environment, report_page
+from jaxchat import environment, report_page, runtime
 from jaxchat.report import Curve, KeyValues, Report, Samples, Table, Text, model_facts
 from jaxchat.report_page import render
 from scripts import base_eval, base_loss, base_train, chat_eval, chat_rl, tok_train
@@ -176,6 +177,11 @@ def test_pictures_can_be_read_on_light_and_dark_pages():
     assert ((luminance + 0.05) / 0.05).min() > 2.5
 
 
+def test_what_json_lacks_is_stored_as_its_text(card):
+    card.add("s", "S", [KeyValues({"tokenizer": Path("a") / "b"})])
+    assert card.sections()[0].parts[0].values == {"tokenizer": "a/b"}
+
+
 def test_numbers_of_numpy_are_stored(card):
     line: Any = (np.arange(3), np.ones(3, np.float32))
     rows: Any = [[np.float32(0.5)], [np.int64(7)]]
@@ -243,10 +249,18 @@ def test_samples_are_shown_verbatim(card):
 def test_a_damaged_section_is_named(card):
     card.add("tok_train", "T", [])
     path = card.directory / "sections" / "tok_train.json"
-    for content in (b"", b"[]", b"{}", b'{"parts": [{"kind": "Evil"}]}', path.read_bytes()[:-9]):
+    evil = b'{"parts": [{"kind": "Evil"}]}'
+    for content in (b"", b"3", b"[]", b"{}", evil, path.read_bytes()[:-9]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"tok_train\.json is damaged .*run stage tok_train"):
             render(card)
+
+
+def test_of_several_processes_the_first_one_reports(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "is_first_process", lambda: False)
+    (tmp_path / "report").touch()  # nobody could write there
+    Report(tmp_path).check_writable()
+    Report(tmp_path).add("base_train", "Base", [])
 
 
 def test_mistakes_are_named(card):

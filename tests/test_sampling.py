@@ -135,6 +135,12 @@ def test_rounding_never_lets_a_filtered_token_through(uniform):
         assert sampling.filtered_weights(logits[row], one)[token] > 0
 
 
+def test_where_rounding_leaves_no_sum_above_a_number_the_last_token_kept_is_drawn():
+    ends, weights = np.array([1, 2, 2], np.float32), np.array([1, 1, 0], np.float32)
+    drawn = [sampling._first_above(np.float32(x), ends, weights) for x in (0, 1, 2, 3)]
+    assert drawn == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("temperature", [1e-40, 1e-10, 1e30])
 def test_extreme_temperatures_stay_finite(temperature):
     logits = random_logits(5)

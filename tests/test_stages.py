@@ -26,10 +26,10 @@ OURSELVES = SimpleNamespace(gather=lambda value: [value])
 """A backend of one process."""
 
 
-def trained(tag, steps=(10, 20, 30)):
+def trained(tag, steps=(10, 20, 30), source="base"):
     """What a finished run leaves, as far as finding it goes."""
     for step in steps:
-        path = CheckpointStore(stage_directory("base", tag)).path(step)
+        path = CheckpointStore(stage_directory(source, tag)).path(step)
         path.mkdir(parents=True)
         (path / META).write_text("{}")
 
@@ -39,10 +39,14 @@ def test_the_deepest_model_is_found_or_the_missing_one_explained(base_dir):
         find_model_tag("base")
     with pytest.raises(FileNotFoundError, match=r"scripts\.chat_sft, or .* bash speedrun_jax.sh"):
         find_model_tag("sft")
-    for tag in ("d4", "d12", "wide"):
+    for tag in ("d4", "d12", "wide", "d24-wide"):
         trained(tag)
+    stage_directory("base", "d99").mkdir()  # of a run that has saved nothing yet
     assert find_model_tag("base") == "d12"
     with pytest.raises(FileNotFoundError, match=r"scripts\.chat_sft, or .*another .*\(-i base\)"):
+        find_model_tag("sft")
+    trained("d4", source="mid")
+    with pytest.raises(FileNotFoundError, match=r"scripts\.chat_sft, or .*another .*\(-i mid\)"):
         find_model_tag("sft")
     with pytest.raises(ValueError, match="source 'bass': choose one of base, mid"):
         stage_directory("bass", "d4")
@@ -73,7 +77,9 @@ def test_a_result_has_the_name_of_its_source_or_another_but_not_its_place(base_d
         find_output("mid", "base", None, 7, None)
 
 
-@pytest.mark.parametrize("name", ["", "d4/", "./d4", "d4/.", "../base_checkpoints/d4", ".", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["", "d4/", "./d4", "d4/.", "../base_checkpoints/d4", ".", "a/b", "-g"]
+)
 def test_the_name_of_a_result_is_one_folder(base_dir, name):
     """Some of these were the source's own folder, which `--resume never` then moved aside."""
     trained("d4")

@@ -17,6 +17,7 @@ from jaxchat.jax_backend import JaxBackend
 from jaxchat.params import split
 from jaxchat.report import KeyValues, Section, Table
 from jaxchat.request import Request
+from jaxchat.sampling_params import SamplingParams
 from jaxchat.task_eval import SAMPLE_SEED, ChatResult, Drawing, evaluate_chat, wilson
 from jaxchat.tasks.arithmetic import Arithmetic
 from jaxchat.tasks.base import MultipleChoice, Task, ask_choice
@@ -98,8 +99,10 @@ def test_batched_letters_are_those_of_one_prompt_at_a_time(backend, batch_tokens
         scores = [logits[ord(letter)] for letter in problem["letters"]]
         gold = problem["letters"].index(problem["messages"][1]["content"])
         correct += int(np.argmax(scores)) == gold
-    result = evaluate(backend, task, batch_tokens=batch_tokens)
+    shares = []
+    result = evaluate(backend, task, batch_tokens=batch_tokens, on_progress=shares.append)
     assert (result.problems, result.correct) == (12, correct)
+    assert 0 < shares[0] < shares[-1] == 1.0 and shares == sorted(shares)
     assert 0 < correct < 12
     assert (result.ended, result.called, result.skipped) == (None, None, None)
 
@@ -216,6 +219,27 @@ def test_a_reply_is_as_long_as_is_asked_for_and_shares_are_of_all_replies(monkey
     assert row[task_report.COLUMNS.index("ended")] == 6 / 24
 
 
+@pytest.mark.parametrize(("problems", "samples", "rows"), [(12, 1, 8), (3, 1, 3), (3, 2, 6)])
+def test_every_device_writes_its_own_replies_but_no_more_than_there_are(problems, samples, rows):
+    made = []
+
+    class Made(ScriptedBackend):
+        devices = ScriptedBackend.devices._replace(count=2)
+
+        def new_cache(self, rows, max_length):
+            made.append(rows)
+            return super().new_cache(rows, max_length)
+
+    backend = Made(replace(CONFIG, sequence_len=512), lambda held: ord("x"))
+    evaluate(backend, Arithmetic("test", problems), drawing=Drawing(samples, temperature=1.0))
+    assert made == [rows] == [max(backend.dispatches)]
+
+
+def test_replies_are_drawn_as_asked():
+    params = Drawing(2, temperature=0.5, top_k=3).params(seed=5, room=7)
+    assert params == SamplingParams(7, temperature=0.5, top_k=3, seed=5)
+
+
 def test_several_greedy_replies_are_refused():
     with pytest.raises(ValueError, match="4 samples at temperature 0 are one reply 4 times"):
         Drawing(samples=4)
@@ -330,7 +354,8 @@ def test_a_terminal_gets_fewer_columns():
 
 def test_a_second_run_replaces_its_own_rows_only():
     fresh = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 3)])
-    merged = task_report.with_earlier_rows(fresh, FACTS, [MID], "mid")
+    trained = Section("mid_train", "of the same model", [KeyValues(FACTS)], "now")
+    merged = task_report.with_earlier_rows(fresh, FACTS, [trained, MID], "mid")
     assert [row[0] for row in merged.rows] == ["Documentation", "HumanEval", "GSM8K"]
     again = task_report.result_table([ChatResult("Documentation", "categorical", 0.25, 1000, 3)])
     merged = task_report.with_earlier_rows(again, FACTS, [MID], "mid")

@@ -26,8 +26,20 @@ from tests.server.asking import (
 from tests.servers import MODEL, SLOTS, make_engine, running
 
 
+def ended(server):
+    """How many requests and replies have ended for each reason."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples]
+    return {
+        sample.labels["finished_reason"]: sample.value
+        for sample in samples
+        if sample.name == "jaxchat:request_success_total"
+    }
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slots_within_one_dispatch(slow, stream):
+    aborted = ended(slow).get("abort", 0)
     body = json.dumps({"messages": HELLO, **LONG, "n": 3, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", int(slow.url.rsplit(":", 1)[1]))) as client:
         head = (
@@ -42,6 +54,7 @@ def test_a_client_that_leaves_frees_its_slots_within_one_dispatch(slow, stream):
     slow.engine.step = step
     assert len(steps) <= 2  # the one under way when the connection closed, and the one after
     assert slow.pool.workers[0].load == 0
+    assert ended(slow)["abort"] == aborted + 1
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -125,6 +138,7 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         last = stream.text.strip().split("\n\n")[-1]
         assert "longer than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
         one.wait_idle()
+        assert ended(one) == {"timeout": 2}
 
 
 def test_equal_prompts_without_a_seed_differ(idle):
@@ -288,6 +302,24 @@ def test_an_engine_that_is_broken_for_a_moment_goes_on(monkeypatch):
         monkeypatch.setattr(backend, "new_cache", short_of_memory)
         monkeypatch.setattr(backend, "decode", fail_once(backend.decode))
         error_of(chat(one), 500)
+        assert chat(one).status_code == 200
+        assert ended(one) == {"error": 1, "length": 1}
+
+
+def test_a_failure_is_told_where_to_start_over_takes_two_attempts(monkeypatch):
+    """The second one has nothing to tell of what the first one ended."""
+    monkeypatch.setattr(worker, "PAUSE_S", 0.01)
+    with running() as one:
+        prefill, failures = one.engine.backend.prefill, ["a request", "a probe"]
+
+        def fails_twice(*given):
+            if failures:
+                raise RuntimeError(failures.pop())
+            return prefill(*given)
+
+        monkeypatch.setattr(one.engine.backend, "prefill", fails_twice)
+        error_of(chat(one), 500)
+        assert not failures
         assert chat(one).status_code == 200
 
 

@@ -216,7 +216,8 @@ def test_other_paths_methods_and_models_are_refused(idle):
     assert answer.headers["allow"] == "POST"
     assert error_of(chat(idle, model="gpt-4"), 404)["code"] == "model_not_found"
     assert error_of(idle.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
-    assert idle.get(f"/v1/models/{MODEL}").json()["max_model_len"] == CONTEXT
+    for end in ("", "/"):
+        assert idle.get(f"/v1/models/{MODEL}{end}").json()["max_model_len"] == CONTEXT
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -243,6 +244,9 @@ def test_every_answer_has_the_security_headers_and_none_opens_the_door(idle):
         assert "server" not in answer.headers
         assert not [name for name in answer.headers if name.startswith("access-control")]
     assert error_of(answers[-1], 403)["type"] == "permission_error"
+    page = idle.get("/").headers
+    for name in ("content-security-policy", "cache-control"):
+        assert len(page.get_list(name)) == 1  # the page has its own
     preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(idle.url + "/v1/chat/completions", headers=preflight)
     assert "access-control-allow-origin" not in answer.headers
@@ -328,7 +332,8 @@ def test_a_key_may_have_letters_beyond_ascii():
 
 
 def test_without_a_key_only_what_tells_nothing_is_answered():
-    with running(api_keys=("first",)) as one:
+    with running(api_keys=("first",), allowed_hosts=()) as one:
+        assert one.get("/", headers={"Host": "any.example"}).status_code == 200
         paths = one.get("/openapi.json").json()["paths"]
         told = {
             path
