@@ -10,6 +10,9 @@ from typing import Self
 import uvicorn
 from starlette.types import ASGIApp
 
+DEADLINE_S = 120.0
+"""For what must come, on however busy a machine: it costs only where that does not come."""
+
 
 class AppThread:
     """Answers at `url` while it is used as a context manager."""

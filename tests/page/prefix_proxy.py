@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.page.app_thread import AppThread
+from jaxchat.server.sse import KEEP_ALIVE
+from tests.page.app_thread import DEADLINE_S, AppThread
 
 OF_ONE_CONNECTION = {"connection", "transfer-encoding", "keep-alive"}
 
@@ -26,6 +27,8 @@ class PrefixProxy(AppThread):
         self._told = {"X-Forwarded-Prefix": prefix.rstrip("/")} if tells else {}
         self.strays: list[str] = []
         """Paths that were asked for outside of the prefix, where another application would be."""
+        self.signs_of_life = 0
+        """That have come in streams of events while these had nothing to tell."""
         routes = [
             Route(f"{prefix}{{path:path}}", self._forward, methods=["GET", "POST"]),
             Route(prefix.rstrip("/"), self._forward),
@@ -34,7 +37,7 @@ class PrefixProxy(AppThread):
         super().__init__(Starlette(routes=routes))
 
     async def _forward(self, request: Request) -> Response:
-        client = httpx.AsyncClient(base_url=self._upstream, timeout=60)
+        client = httpx.AsyncClient(base_url=self._upstream, timeout=DEADLINE_S)
         own = {k: v for k, v in request.headers.items() if k in ("authorization", "content-type")}
         path, body = f"/{request.path_params.get('path', '')}", await request.body()
         sent = client.build_request(request.method, path, headers=own | self._told, content=body)
@@ -46,6 +49,7 @@ class PrefixProxy(AppThread):
         async def pieces() -> AsyncIterator[bytes]:
             try:
                 async for piece in answer.aiter_bytes():
+                    self.signs_of_life += piece.count(KEEP_ALIVE)
                     yield piece
             finally:  # also where the browser leaves
                 await client.aclose()

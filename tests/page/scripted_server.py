@@ -1,9 +1,10 @@
 """A server with the real page and a scripted engine, for what a real one does too rarely.
 
 The page's routes are the product's own. The API answers what the test put into `script`, byte for
-byte and as slowly as asked: streams cut anywhere, errors, broken connections. Replies that no test
-asked for echo the message. It counts what is under way, as /metrics of the real server does, and
-keeps every request for the test to look at.
+byte: streams cut anywhere, errors, broken connections, and replies that go on when the test says
+so, for whoever looks at the middle of one must not race with its end. Replies that no test asked
+for echo the message. It counts what is under way, as /metrics of the real server does, and keeps
+every request for the test to look at.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from jaxchat.server.page import page_routes
-from tests.page.app_thread import AppThread
+from tests.page.app_thread import DEADLINE_S, AppThread
 
 Delta = tuple[str, str]
 """(part, text): `text`, `python` or `python_output`."""
@@ -34,6 +35,8 @@ class Reply:
     deltas: Sequence[Delta] = ()
     pause_s: float = 0.0
     """Between two deltas."""
+    hold_after: int | None = None
+    """Send so many deltas; each of the others, and the end, waits for `ScriptedServer.go_on`."""
     cut_at: int | None = None
     """Send the stream in two pieces, cut at this byte."""
     one_byte_at_a_time: bool = False
@@ -52,6 +55,11 @@ class Reply:
 def says(*texts: str, **options: Any) -> Reply:
     """A reply of plain text in these deltas."""
     return Reply([("text", text) for text in texts], **options)
+
+
+def holds(*texts: str, **options: Any) -> Reply:
+    """The same, without an end before the test says so."""
+    return says(*texts, hold_after=len(texts), **options)
 
 
 def fails(status: int, message: str, *, code: str | None = None, **headers: str) -> Reply:
@@ -118,14 +126,19 @@ class ScriptedServer(AppThread):
         self.requests: list[tuple[str, dict[str, Any]]] = []
         """(path, body) of every request to the API."""
         self.running = 0
+        self._may_send = 0
 
     def play(self, *replies: Reply) -> None:
         """What the next requests are answered with, in turn."""
         self.script.extend(replies)
 
-    def wait_until_idle(self, seconds: float = 5.0) -> None:
+    def go_on(self, count: int = 10**6) -> None:
+        """Let so many deltas go that wait, or all of them."""
+        self._may_send += count
+
+    def wait_until_idle(self) -> None:
         """Until nothing streams."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + DEADLINE_S
         while self.running:
             assert time.monotonic() < deadline, f"{self.running} replies still run"
             time.sleep(0.01)
@@ -164,27 +177,36 @@ class ScriptedServer(AppThread):
     async def _stream(self, path: str, reply: Reply) -> AsyncIterator[bytes]:
         self.running += 1
         try:
-            async for piece in _pieces(path, reply):
+            async for piece in self._pieces(path, reply):
                 yield piece
         finally:
             self.running -= 1
 
+    async def _pieces(self, path: str, reply: Reply) -> AsyncIterator[bytes]:
+        events = list(chat_events(reply) if path.endswith("chat/completions") else _texts(reply))
+        if reply.cut_at is not None or reply.one_byte_at_a_time:
+            whole = b"".join(events)
+            at = range(1, len(whole)) if reply.one_byte_at_a_time else [reply.cut_at]
+            for start, end in zip([0, *at], [*at, len(whole)], strict=True):
+                yield whole[start:end]
+                await asyncio.sleep(0.0 if reply.one_byte_at_a_time else 0.02)
+            return
+        for index, piece in enumerate(events):
+            await self._hold(reply, index)
+            yield piece
+            if index < len(reply.deltas):
+                await asyncio.sleep(reply.pause_s)
+        if reply.break_after is not None:
+            await self._hold(reply, len(events))
+            raise ConnectionAbortedError("as scripted")
 
-async def _pieces(path: str, reply: Reply) -> AsyncIterator[bytes]:
-    events = list(chat_events(reply) if path.endswith("chat/completions") else _texts(reply))
-    if reply.cut_at is not None or reply.one_byte_at_a_time:
-        whole = b"".join(events)
-        at = range(1, len(whole)) if reply.one_byte_at_a_time else [reply.cut_at]
-        for start, end in zip([0, *at], [*at, len(whole)], strict=True):
-            yield whole[start:end]
-            await asyncio.sleep(0.0 if reply.one_byte_at_a_time else 0.02)
-        return
-    for index, piece in enumerate(events):
-        yield piece
-        if index < len(reply.deltas):
-            await asyncio.sleep(reply.pause_s)
-    if reply.break_after is not None:
-        raise ConnectionAbortedError("as scripted")
+    async def _hold(self, reply: Reply, index: int) -> None:
+        """Until the test lets the delta of this index go, or the end that follows the last one."""
+        if reply.hold_after is None or not reply.hold_after <= index <= len(reply.deltas):
+            return
+        while self._may_send == 0:
+            await asyncio.sleep(0.005)
+        self._may_send -= 1
 
 
 def _texts(reply: Reply) -> Iterator[bytes]:

@@ -6,8 +6,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.page.conftest import Chat
-from tests.page.scripted_server import Reply, fails, says
+from tests.page.conftest import Chat, new_context
+from tests.page.scripted_server import Reply, fails, holds, says
 
 RICH = """# Title
 
@@ -56,7 +56,7 @@ def test_axe_on_an_empty_page(chat, theme, violations):
 
 def test_axe_on_a_conversation_with_everything_in_it(chat, server, theme, violations):
     chat.page.evaluate("localStorage.setItem('jaxchat.settings', '{\"tokenView\": true}')")
-    chat.page.reload()
+    chat.reload()
     parts = [("text", RICH), ("python", "2*3"), ("python_output", "6"), ("text", " yes")]
     tokens = [(text, -0.7 * index, [(text, -0.7)]) for index, (_, text) in enumerate(parts)]
     server.play(Reply(parts, tokens=tokens), says("another"), fails(429, "busy"))
@@ -79,7 +79,7 @@ def test_axe_on_a_conversation_with_everything_in_it(chat, server, theme, violat
 
 
 def test_axe_during_a_stream(chat, server, theme, violations):
-    server.play(says(RICH, *["word "] * 500, pause_s=0.03))
+    server.play(holds(RICH, "word ", "word "))
     chat.say("hello", wait=False)
     expect(chat.answers.last).to_contain_text("word word")
     assert violations() == []
@@ -113,7 +113,7 @@ def test_axe_where_the_memory_begins_and_while_the_server_starts(chat, server, t
 
 def test_axe_on_settings_menus_notices_and_columns(chat, server, theme, violations):
     server.models = ["base", "mid", "sft", "rl"]
-    chat.page.reload()
+    chat.reload()
     chat.page.locator("#models summary").click()
     chat.page.get_by_role("switch", name="Several, side by side").check()
     chat.page.get_by_role("checkbox", name="mid").check()
@@ -139,8 +139,9 @@ def test_axe_on_a_phone_with_the_list_open(chat, theme, violations):
     chat.page.set_viewport_size({"width": 320, "height": 640})
     chat.say("hello")
     assert violations() == []
+    chat.settle()
     chat.button("Conversations").click()
-    chat.page.wait_for_timeout(250)
+    chat.settle()
     assert violations() == []
 
 
@@ -154,11 +155,16 @@ def test_each_answer_is_announced_once_and_when_it_is_complete(chat, server):
           }).observe(announcer, { childList: true });
         }"""
     )
-    server.play(says(*["word "] * 20, pause_s=0.02), fails(500, "x"))
-    chat.say("hello")
+    server.play(says(*["word "] * 20, hold_after=10), fails(500, "x"))
+    chat.say("hello", wait=False)
+    expect(chat.answers.last).to_contain_text("word " * 10)
+    chat.settle()
+    assert chat.page.evaluate("heard") == []
+    server.go_on()
     chat.wait_for("heard.length")
     chat.say("again")
     chat.wait_for("heard.length > 1")
+    chat.settle()
     heard = chat.page.evaluate("heard")
     assert heard == ["Answer: " + "word " * 20, "No answer. The server failed."]
     live = chat.page.locator("#thread [aria-live], #thread [role=status], #thread [role=log]")
@@ -194,6 +200,7 @@ def test_the_focus_returns_from_settings_menus_and_the_drawer(chat):
     chat.page.keyboard.press("Escape")
     expect(summary).to_be_focused()
     chat.page.set_viewport_size({"width": 400, "height": 700})
+    chat.settle()  # the list is out of sight
     chat.button("Conversations").click()
     expect(chat.button("Close the list")).to_be_focused()
     chat.page.keyboard.press("Escape")
@@ -202,8 +209,9 @@ def test_the_focus_returns_from_settings_menus_and_the_drawer(chat):
 
 def test_no_field_is_so_small_that_a_phone_enlarges_the_page(browser, server):
     """iOS does so, and leaves it so, where the letters have less than 16 pixels."""
-    context = browser.new_context(
-        base_url=server.url, viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True
+    viewport = {"width": 390, "height": 800}
+    context = new_context(
+        browser, base_url=server.url, viewport=viewport, has_touch=True, is_mobile=True
     )
     chat = Chat.open(context, server)
     chat.say("hello")
@@ -227,7 +235,7 @@ def test_what_is_written_from_right_to_left_begins_at_the_right(chat, server):
 
 
 def test_reduced_motion_is_honoured(chat, server):
-    server.play(says(*["word "] * 500, pause_s=0.03))
+    server.play(holds("word "))
     chat.page.emulate_media(reduced_motion="reduce")
     chat.say("hello", wait=False)
     expect(chat.answers.last).to_contain_text("word")
@@ -243,7 +251,7 @@ def test_reduced_motion_is_honoured(chat, server):
 def test_nothing_overflows_sideways(chat, server, width):
     server.models = ["a-rather-long-name-of-a-model-d26-sft", "rl"]
     chat.page.set_viewport_size({"width": width, "height": 640})
-    chat.page.reload()
+    chat.reload()
     long = "Donaudampfschifffahrt" * 20
     server.play(says(f"{long}\n\n```\n{long}\n```\n\n| {long} | b |\n|--|--|\n| 1 | 2 |"))
     chat.say(long)

@@ -6,7 +6,7 @@ import urllib.request
 from playwright.sync_api import expect
 
 from tests.page.conftest import Chat
-from tests.page.scripted_server import says
+from tests.page.scripted_server import holds, says
 
 
 def texts_equal(chat, *texts: str) -> None:
@@ -32,7 +32,7 @@ def test_the_whole_conversation_is_sent(chat, server):
 
 
 def test_stop_keeps_what_came_and_frees_the_slot(chat, server):
-    server.play(says(*["word "] * 500, pause_s=0.02))
+    server.play(holds("word ", "word "))
     chat.say("hello", wait=False)
     expect(chat.answers.last).to_contain_text("word word")
     assert running(server) == 1
@@ -41,7 +41,7 @@ def test_stop_keeps_what_came_and_frees_the_slot(chat, server):
     server.wait_until_idle()
     assert running(server) == 0
     expect(chat.answers.last).to_contain_text("Stopped.")
-    assert 2 <= chat.answers.last.inner_text().count("word") < 500
+    assert chat.answers.last.inner_text().count("word") == 2
     chat.say("and on")
     assert server.requests[-1][1]["messages"][1]["content"].startswith("word word")
 
@@ -52,12 +52,14 @@ def running(server) -> int:
 
 
 def test_an_answer_goes_on_while_another_conversation_is_open(chat, server):
-    server.play(says(*["word "] * 40, pause_s=0.03))
+    server.play(says(*["word "] * 40, hold_after=2))
     chat.say("first", wait=False)
     expect(chat.answers.last).to_contain_text("word")
     chat.button("New chat").click()
+    server.go_on(20)
     chat.say("second")
     texts_equal(chat, "second", "d4-sft heard: second")
+    server.go_on()
     chat.page.get_by_role("link", name="first").click()
     chat.wait_until_finished()
     texts_equal(chat, "first", ("word " * 40).strip())
@@ -106,8 +108,7 @@ def test_branches_keep_their_order_and_choice_across_a_reload(chat, server):
         chat.wait_until_finished()
     chat.button("Previous alternative").click()
     expect(chat.answers.last).to_contain_text("2/3")
-    chat.page.wait_for_timeout(300)  # until the choice is stored
-    chat.page.reload()
+    chat.reload()
     expect(chat.answers.last).to_contain_text("2/3")
     chat.button("Previous alternative").click()
     texts_equal(chat, "hello", "one")
@@ -141,7 +142,7 @@ def test_copying_code_copies_the_code_alone(chat, server):
     server.play(says("Look:\n\n```python\ndef f():\n    return 1\n```\n"))
     chat.say("code")
     chat.button("Copy the python code").click()
-    chat.page.wait_for_selector(".done")
+    expect(chat.page.locator(".code .done")).to_have_count(1)
     copied = chat.page.evaluate("navigator.clipboard.readText()")
     assert copied == "def f():\n    return 1\n"
 
@@ -166,7 +167,7 @@ def test_conversations_are_listed_searched_renamed_and_deleted(chat):
     chat.page.get_by_role("link", name="cheese").hover()
     chat.button("Delete cheese").click()
     expect(links).to_have_text(["bread and butter", "Fruit"])
-    chat.page.reload()
+    chat.reload()
     expect(links).to_have_text(["bread and butter", "Fruit"])
 
 
@@ -181,35 +182,45 @@ def test_a_deleted_conversation_can_be_brought_back(chat):
 
 
 def test_deleting_a_conversation_that_streams_stops_it_for_good(chat, server):
-    server.play(says(*["word "] * 500, pause_s=0.02))
+    server.play(holds("word "))
     chat.say("endless", wait=False)
     expect(chat.answers.last).to_contain_text("word")
     chat.page.get_by_role("link", name="endless").hover()
     chat.button("Delete endless").click()
     server.wait_until_idle()
-    chat.page.reload()
+    chat.reload()
     expect(chat.page.locator("#conversations")).to_have_text("No conversations yet.")
 
 
 def test_the_address_names_the_conversation(chat):
     chat.say("one")
-    first = chat.page.url
+    first = chat.address
     chat.button("New chat").click()
-    assert "#" not in chat.page.url
+    assert "#" not in chat.address
     chat.say("two")
     chat.page.go_back()
     chat.page.go_back()
     expect(chat.page.locator("h1")).to_have_text("one")
-    assert chat.page.url == first
+    assert chat.address == first
+
+
+NO_SAVES = """
+() => {
+  const { setTimeout } = window;
+  const save = 700;  // SAVE_MS of session.js
+  window.setTimeout = (run, ms, ...values) => ms === save ? 0 : setTimeout(run, ms, ...values);
+}
+"""
 
 
 def test_a_reload_in_the_middle_of_an_answer_keeps_what_was_there(chat, server):
-    server.play(says(*["word "] * 500, pause_s=0.02))
+    chat.page.evaluate(NO_SAVES)  # but the one that a page makes which closes
+    server.play(holds(*["word "] * 60))
     chat.say("hello", wait=False)
     expect(chat.answers.last).to_contain_text("word " * 60)
-    chat.page.reload()
+    chat.reload()
     expect(chat.answers.last).to_contain_text("Stopped.")
-    assert chat.answers.last.inner_text().count("word") >= 20
+    assert chat.answers.last.inner_text().count("word") == 60
     server.wait_until_idle()
     chat.button("Regenerate").click()
     chat.wait_until_finished()
@@ -224,7 +235,7 @@ def test_a_draft_is_kept_for_each_conversation(chat):
     chat.box.fill("another")
     chat.page.get_by_role("link", name="one").click()
     expect(chat.box).to_have_value("half a thought")
-    chat.page.reload()
+    chat.reload()
     expect(chat.box).to_have_value("half a thought")
     chat.button("New chat").click()
     expect(chat.box).to_have_value("another")
@@ -237,22 +248,45 @@ def test_another_tab_sees_what_this_one_keeps(chat, context, server):
 
 
 def test_the_view_follows_only_a_reader_who_is_at_the_end(chat, server):
-    server.play(says("filler\n\n" * 60), says(*["a line\n\n"] * 100, pause_s=0.02))
+    def show(count):
+        """Let so many more lines come, and the page draw them."""
+        shown = lines.count()
+        server.go_on(count)
+        expect(lines).to_have_count(shown + count)
+        chat.settle()
+
+    server.play(says("filler\n\n" * 60), says(*["a line\n\n"] * 100, hold_after=0))
     chat.say("long")
     chat.say("more", wait=False)
-    expect(chat.answers.last).to_contain_text("a line")
-    assert distance_from_end(chat) < 40
+    lines = chat.answers.last.locator("p", has_text="a line")
+    for _ in range(2):
+        show(20)
+        assert distance_from_end(chat) < 40
     chat.page.mouse.move(600, 300)
+    chat.page.evaluate(SCROLL_ENDS)
+    end = chat.page.evaluate("scroller.scrollTop")
     chat.page.mouse.wheel(0, -900)
-    chat.page.wait_for_timeout(300)
-    position = chat.page.evaluate("scroller.scrollTop")
-    chat.page.wait_for_timeout(500)
+    chat.wait_for(f"scrollEnds > 0 && scroller.scrollTop < {end - 890}")
+    position, before = chat.page.evaluate("scroller.scrollTop"), distance_from_end(chat)
+    assert before > 800
+    show(30)
     assert chat.page.evaluate("scroller.scrollTop") == position
+    assert distance_from_end(chat) > before + 500
     chat.button("Go to the latest message").click()
-    chat.page.wait_for_timeout(500)
+    chat.settle()
+    assert distance_from_end(chat) < 40
+    show(20)
     assert distance_from_end(chat) < 40
     chat.button("Stop").click()
     chat.wait_until_finished()
+
+
+SCROLL_ENDS = """
+() => {
+  window.scrollEnds = 0;
+  scroller.addEventListener("scrollend", () => (window.scrollEnds += 1));
+}
+"""
 
 
 def distance_from_end(chat) -> float:

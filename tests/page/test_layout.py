@@ -20,7 +20,7 @@ def test_the_list_can_be_put_away_and_stays_so(chat):
         "document.addEventListener('DOMContentLoaded', () => {"
         " window.first = document.getElementById('sidebar').checkVisibility() })"
     )
-    chat.page.reload()
+    chat.reload()
     expect(listed).to_be_hidden()
     assert chat.page.evaluate("window.first") is False  # nor was it there for a moment
     chat.button("Start a new chat").click()
@@ -31,7 +31,7 @@ def test_the_list_can_be_put_away_and_stays_so(chat):
     chat.button("Conversations").click()
     expect(chat.button("Close the list")).to_be_focused()
     expect(chat.button("Start a new chat")).to_be_hidden()
-    chat.page.reload()
+    chat.reload()
     expect(listed).to_be_visible()
 
 
@@ -39,6 +39,7 @@ def test_a_phone_has_its_drawer_whatever_was_chosen_on_a_large_screen(chat):
     chat.say("hello")
     chat.button("Close the list").click()
     chat.page.set_viewport_size({"width": 390, "height": 800})
+    chat.settle()
     chat.button("Start a new chat").click()
     expect(chat.messages).to_have_count(0)
     chat.button("Conversations").click()
@@ -76,6 +77,7 @@ def test_all_of_a_conversation_is_printed_in_ink_on_white(chat, server):
     for _ in range(3):
         server.play(says("word " * 1000 + "\n\n```\ncode\n```"))
         chat.say("hello")
+    expect(chat.page.locator(".code pre")).to_have_count(3)
     pages = re.findall(rb"/Type\s*/Page\b", chat.page.pdf(format="A4"))
     assert len(pages) >= 4
     chat.page.emulate_media(media="print", color_scheme="dark")
@@ -90,7 +92,7 @@ def test_a_choice_of_models_looks_like_one(chat, server):
     sign = "getComputedStyle(document.querySelector('#models summary'), '::after').content"
     assert "▾" not in chat.page.evaluate(sign)
     server.models = ["d4-sft", "d4-rl"]
-    chat.page.reload()
+    chat.reload()
     expect(chat.page.locator("#model-name")).to_have_text("d4-sft")
     assert "▾" in chat.page.evaluate(sign)
 
@@ -98,7 +100,7 @@ def test_a_choice_of_models_looks_like_one(chat, server):
 def test_a_base_model_is_given_the_beginning_of_a_text(chat, server):
     expect(chat.box).to_have_attribute("placeholder", "Ask anything")
     server.models = ["d4-base"]
-    chat.page.reload()
+    chat.reload()
     expect(chat.box).to_have_attribute("placeholder", "The beginning of a text")
 
 

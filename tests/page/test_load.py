@@ -10,17 +10,33 @@ from tests.page.scripted_server import says
 
 COUNT = 1000
 
-LONGEST_TASK = """
-() => new Promise((resolve) => {
-  window.longest = 0;
-  const observer = new PerformanceObserver((list) => {
-    const durations = list.getEntries().map((entry) => entry.duration);
-    window.longest = Math.max(window.longest, ...durations);
-  });
-  observer.observe({ type: "longtask" });
-  resolve();
-})
-"""
+TRIES = 5
+"""What else the machine does can only make a task longer: the best of some tries is the page's."""
+
+
+def longest_task_ms(chat, act) -> float:
+    """Of the tasks that the page runs during `act`, in time of its own thread.
+
+    By the clock a task of a busy machine takes as long as whatever is run in between.
+    """
+    chat.page.context.browser.start_tracing(page=chat.page, categories=["toplevel"])
+    try:
+        act()
+    finally:
+        trace = json.loads(chat.page.context.browser.stop_tracing())["traceEvents"]
+    threads = [event for event in trace if event["name"] == "thread_name"]
+    main = {
+        (event["pid"], event["tid"])
+        for event in threads
+        if event["args"]["name"] == "CrRendererMain"
+    }
+    tasks = [event for event in trace if (event["pid"], event["tid"]) in main and "tdur" in event]
+    assert len(tasks) > 10
+    return max(event["tdur"] for event in tasks) / 1000
+
+
+def is_smooth(chat, act, limit_ms: float) -> bool:
+    return any(longest_task_ms(chat, act) < limit_ms for _ in range(TRIES))
 
 
 @pytest.fixture
@@ -50,30 +66,34 @@ def test_a_thousand_messages_open_at_the_end_and_scroll(long_chat):
     page.reload()
     expect(long_chat.messages).to_have_count(COUNT)
     expect(long_chat.messages.last.locator(".code").last).to_be_in_viewport()
-    page.evaluate(LONGEST_TASK)
     page.mouse.move(600, 300)
-    for _ in range(20):
-        page.mouse.wheel(0, -1500)
-        page.wait_for_timeout(30)
-    page.evaluate("scroller.scrollTop = 0")
-    expect(long_chat.messages.nth(1).locator(".code").first).to_be_visible()
-    assert page.evaluate("longest") < 500  # ms; this machine is busy with other things
+
+    def scroll():
+        page.evaluate("scroller.scrollTop = scroller.scrollHeight")
+        for _ in range(20):
+            page.mouse.wheel(0, -1500)
+            long_chat.settle()
+        page.evaluate("scroller.scrollTop = 0")
+        expect(long_chat.messages.nth(1).locator(".code").first).to_be_visible()
+
+    assert is_smooth(long_chat, scroll, 500)
     # only what was near the screen asked for its Markdown: far fewer than 500 answers
     rendered = page.locator(".prose:not(.plain)").count()
     assert rendered < COUNT / 4, rendered
 
 
 def test_writing_and_answers_stay_smooth_below_a_thousand_messages(long_chat, server):
-    page = long_chat.page
-    page.wait_for_timeout(500)
-    page.evaluate(LONGEST_TASK)
-    long_chat.box.press_sequentially("a question in a long conversation")
-    server.play(says(*["word "] * 60, pause_s=0.02))
-    long_chat.box.press("Enter")
-    long_chat.wait_until_finished()
-    expect(long_chat.answers.last).to_contain_text("word " * 60)
-    assert page.evaluate("longest") < 1000  # ms; once, when the question and the answer are added
-    print(f"longest task {page.evaluate('longest'):.0f} ms")
+    def ask():
+        long_chat.box.press_sequentially("a question in a long conversation")
+        server.play(says(*["word "] * 60, pause_s=0.02))
+        long_chat.box.press("Enter")
+        expect(long_chat.box).to_have_value("")
+        long_chat.wait_until_finished()
+        expect(long_chat.answers.last).to_contain_text("word " * 60)
+
+    long_chat.settle()
+    # once, when the question and the answer are added
+    assert is_smooth(long_chat, ask, 1000)
 
 
 def test_a_full_storage_is_said_and_the_conversation_goes_on(chat, context, server):
@@ -92,7 +112,7 @@ def test_a_full_storage_is_said_and_the_conversation_goes_on(chat, context, serv
         assert len(json.load(file)["conversations"][0]["messages"]) == 4
     session.send("Storage.overrideQuotaForOrigin", {"origin": server.url})
     chat.say("there is room again")
-    chat.page.reload()
+    chat.reload()
     expect(chat.messages).to_have_count(6)
 
 
@@ -100,7 +120,9 @@ def test_the_browser_is_asked_once_to_keep_what_is_stored(chat):
     count = "navigator.storage.persist = async () => (window.asked += 1)"
     chat.page.evaluate(f"() => {{ window.asked = 0; {count}; }}")
     chat.say("hello")
+    chat.wait_for("window.asked")
     chat.say("again")
+    chat.settle()
     assert chat.page.evaluate("window.asked") == 1
 
 

@@ -112,9 +112,9 @@ def test_cells_are_aligned_without_inline_style():
     ids=lambda text: repr(text[:14]),
 )
 def test_no_text_takes_long(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     to_html(text)
-    assert time.perf_counter() - start < 5  # a guard against exponential time, not a benchmark
+    assert time.thread_time() - start < 5  # a guard against exponential time, not a benchmark
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from playwright.sync_api import expect
 
 from jaxchat.server import sse
-from tests.page.conftest import Chat
+from tests.page.app_thread import DEADLINE_S
+from tests.page.conftest import Chat, new_context
 from tests.page.prefix_proxy import PrefixProxy
 from tests.servers import MODEL, make_engine, running
 
@@ -21,8 +22,8 @@ from tests.servers import MODEL, make_engine, running
 class Proxied:
     """The server behind a proxy, as `Chat` knows a server."""
 
-    def __init__(self, one, url):
-        self.one, self.url = one, url
+    def __init__(self, one, proxy, url):
+        self.one, self.url, self.proxy = one, url, proxy
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +34,14 @@ def engine():
 @pytest.fixture(scope="module", params=["/chat/", "/user/x/proxy/8000/"])
 def proxied(request, engine):
     with running([engine]) as one, PrefixProxy(one.url, request.param, tells=False) as proxy:
-        yield Proxied(one, proxy.url + request.param)
+        yield Proxied(one, proxy, proxy.url + request.param)
         one.wait_idle()
     assert set(proxy.strays) <= {"/favicon.ico"}
 
 
 @pytest.fixture
 def chat(browser, proxied):
-    context = browser.new_context(accept_downloads=True)
+    context = new_context(browser, accept_downloads=True)
     chat = Chat.open(context, proxied, path=proxied.url)
     yield chat
     context.close()
@@ -75,20 +76,20 @@ def test_a_conversation_has_its_own_address_and_is_found_there_again(chat, proxi
     set_longest_answer(chat, 5)
     chat.say("hello")
     expect(chat.answers.last.locator(".stats")).to_be_visible()
-    address = chat.page.url
+    address = chat.address
     assert address.startswith(proxied.url + "#")
     chat.button("New chat").click()
     chat.wait_for("location.hash === ''")
-    assert chat.page.url == proxied.url
-    chat.page.goto(address)
-    chat.page.reload()
+    assert chat.address == proxied.url
+    chat.go_to(address)
+    chat.reload()
     expect(chat.answers).to_have_count(1)
 
 
 def test_an_answer_grows_while_it_comes(chat, proxied, monkeypatch):
     steps, step = threading.Semaphore(2), proxied.one.engine.step
     monkeypatch.setattr(
-        proxied.one.engine, "step", lambda: (steps.acquire(timeout=30) and step()) or []
+        proxied.one.engine, "step", lambda: (steps.acquire(timeout=DEADLINE_S) and step()) or []
     )
     set_longest_answer(chat, 12)
     chat.say("hello", wait=False)
@@ -102,13 +103,14 @@ def test_an_answer_grows_while_it_comes(chat, proxied, monkeypatch):
 def test_an_answer_that_waits_is_kept_alive_and_can_be_stopped(chat, proxied, monkeypatch):
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     go, step = threading.Event(), proxied.one.engine.step
-    monkeypatch.setattr(proxied.one.engine, "step", lambda: go.wait(30) and step())
+    monkeypatch.setattr(proxied.one.engine, "step", lambda: (go.wait(DEADLINE_S) and step()) or [])
     set_longest_answer(chat, 5)
     for stopped in (True, False):
         go.clear()
         chat.say("hello", wait=False)
         expect(chat.button("Stop")).to_be_visible()
-        chat.page.wait_for_timeout(300)  # a few signs of life
+        signs = proxied.proxy.signs_of_life
+        chat.wait_until(lambda n=signs: proxied.proxy.signs_of_life >= n + 5, "signs of life")
         if stopped:
             chat.button("Stop").click()
         go.set()

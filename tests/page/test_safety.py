@@ -14,12 +14,12 @@ WHOLE = "\n\n".join(XSS)
 @pytest.fixture(autouse=True)
 def harmless(chat):
     yield
-    chat.page.wait_for_timeout(200)
+    chat.settle()
     assert chat.page.evaluate("window.hacked") is None
     markup = chat.page.locator("#thread, #conversations, header, #notices")
     for selector in ("script", "iframe", "img", "object", "base", "style", "link", "form"):
         expect(markup.locator(selector)).to_have_count(0)
-    assert chat.page.url.startswith(chat.server.url)
+    assert chat.address.startswith(chat.server.url)
 
 
 def test_in_what_the_reader_writes(chat):
@@ -56,7 +56,7 @@ def test_in_calls_of_the_tool_token_views_and_errors(chat, server):
     tokens = [(text, -0.1, [(text, -0.1)]) for text in XSS[:3]]
     server.play(Reply(deltas, tokens=tokens), fails(400, WHOLE, code=WHOLE))
     chat.page.evaluate("localStorage.setItem('jaxchat.settings', '{\"tokenView\": true}')")
-    chat.page.reload()
+    chat.reload()
     chat.say("begin")
     chat.button("Token view").click()
     chat.page.locator(".tokens .token").first.hover()
@@ -77,7 +77,7 @@ def test_in_titles_and_searches(chat):
 
 def test_in_names_of_models(chat, server):
     server.models = [XSS[0], XSS[1]]
-    chat.page.reload()
+    chat.reload()
     chat.page.locator("#models summary").click()
     expect(chat.page.locator("#model-choices label")).to_have_text([XSS[1], XSS[0]])
 
@@ -106,8 +106,8 @@ def test_in_imported_files(chat):
 
 @pytest.mark.parametrize("address", ["#<img src=x onerror=window.hacked=1>", "#__proto__", "#%"])
 def test_in_addresses(chat, address):
-    chat.page.goto("/" + address)
-    chat.page.reload()
+    chat.go_to("/" + address)
+    chat.reload()
     expect(chat.page.locator("h1")).to_have_text("New chat")
 
 

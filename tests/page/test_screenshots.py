@@ -51,7 +51,7 @@ SENTENCE = [
 @pytest.fixture
 def chat(chat, server):
     server.models = ["scripted"]
-    chat.page.reload()
+    chat.reload()
     expect(chat.page.locator("#model-name")).to_have_text("scripted")
     return chat
 
@@ -63,7 +63,8 @@ def folder(tmp_path):
 
 def save(chat, folder: Path, name: str) -> None:
     chat.page.mouse.move(1, 1)
-    chat.page.wait_for_timeout(400)  # transitions and Markdown
+    expect(chat.page.locator(".message .prose.plain")).to_have_count(0)
+    chat.settle()
     chat.page.screenshot(path=folder / f"{name}.png")
     assert (folder / f"{name}.png").stat().st_size > 10_000
 
@@ -73,7 +74,7 @@ def converse(chat, server) -> None:
         chat.button("New chat").click()
         chat.say(title)
     chat.button("New chat").click()
-    server.play(Reply(DELTAS, pause_s=0.05))
+    server.play(Reply(DELTAS))
     chat.say("How do I test whether a number is prime?")
     expect(chat.page.locator(".code")).to_be_visible()
 
@@ -88,7 +89,7 @@ def test_a_conversation(chat, server, folder, theme):
 
 def test_a_phone_in_the_middle_of_an_answer(chat, server, folder):
     chat.page.set_viewport_size({"width": 390, "height": 760})
-    server.play(Reply([*DELTAS, *[("text", " word")] * 400], pause_s=0.05))
+    server.play(Reply([*DELTAS, *[("text", " word")] * 2], hold_after=len(DELTAS) + 2))
     chat.say("How do I test whether a number is prime?", wait=False)
     expect(chat.answers.last).to_contain_text("word word")
     save(chat, folder, "mobile")
@@ -99,7 +100,7 @@ def test_a_phone_in_the_middle_of_an_answer(chat, server, folder):
 def test_four_stages_side_by_side(chat, server, folder):
     server.models = [f"{stage}-scripted" for stage in ("base", "mid", "sft", "rl")]
     chat.page.set_viewport_size({"width": 1320, "height": 640})
-    chat.page.reload()
+    chat.reload()
     chat.page.locator("#models summary").click()
     chat.page.get_by_role("switch", name="Several, side by side").check()
     for name in server.models:
@@ -114,7 +115,7 @@ def test_four_stages_side_by_side(chat, server, folder):
 def test_the_token_view(chat, server, folder):
     chat.page.evaluate("localStorage.setItem('jaxchat.settings', '{\"tokenView\": true}')")
     chat.page.set_viewport_size({"width": 1000, "height": 560})
-    chat.page.reload()
+    chat.reload()
     tokens = []
     for text, share, others in SENTENCE:
         rest = [f" {word}" for word in others.split()]

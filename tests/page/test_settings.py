@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.page.conftest import Chat
-from tests.page.scripted_server import says
+from tests.page.scripted_server import holds
 
 
 def open_settings(chat):
@@ -28,7 +28,7 @@ def test_every_setting_reaches_the_server_and_outlives_a_reload(chat, server):
         wanted = {"temperature": 0.25, "top_k": 7, "top_p": 0.9, "max_tokens": 33, "seed": 123}
         assert {name: body[name] for name in wanted} == wanted
         assert "logprobs" not in body
-        chat.page.reload()
+        chat.reload()
         chat.button("New chat").click()
 
 
@@ -36,10 +36,12 @@ def test_two_tabs_do_not_undo_each_others_settings(chat, context, server):
     other = Chat.open(context, server)
     open_settings(chat).get_by_label("System prompt").fill("Be brief.")
     chat.button("Done").click()
+    other.wait_for("document.getElementById('setting-system').value === 'Be brief.'")
     open_settings(other).get_by_label("Seed").fill("7")
     other.button("Done").click()
+    chat.wait_for("document.getElementById('setting-seed').value === '7'")
     for one in (chat, other):
-        one.page.reload()
+        one.reload()
         one.button("New chat").click()
         one.say("hello")
         body = server.requests[-1][1]
@@ -48,7 +50,7 @@ def test_two_tabs_do_not_undo_each_others_settings(chat, context, server):
 
 def test_what_one_tab_writes_asks_nothing_of_another_and_changes_no_choice(chat, context, server):
     server.models = ["d4-base", "d4-sft"]
-    chat.page.reload()
+    chat.reload()
     other = Chat.open(context, server)
     for one, name in ((other, "d4-sft"), (chat, "d4-base")):  # the last choice is the stored one
         one.page.locator("#models summary").click()
@@ -59,7 +61,9 @@ def test_what_one_tab_writes_asks_nothing_of_another_and_changes_no_choice(chat,
     open_settings(chat).get_by_label("System prompt").fill("Be brief.")
     chat.button("Done").click()
     other.wait_for("document.getElementById('setting-system').value === 'Be brief.'")
-    other.page.wait_for_timeout(300)  # a draft is stored after 200 ms
+    chat.wait_for("localStorage.getItem('jaxchat.draft.new') !== null")
+    other.wait_for("localStorage.getItem('jaxchat.draft.new') !== null")
+    other.settle()
     assert [url for url in other.requested[asked:] if url.endswith("/v1/models")] == []
     other.page.evaluate("dispatchEvent(new Event('online'))")  # what does ask for the models again
     expect(other.page.get_by_label("d4-sft")).to_be_checked()
@@ -74,7 +78,7 @@ def test_what_is_damaged_in_the_browsers_storage_is_no_obstacle(chat, server, ke
         chat.page.evaluate(
             "([name, kept]) => localStorage.setItem(`jaxchat.${name}`, kept)", [name, kept]
         )
-    chat.page.reload()
+    chat.reload()
     chat.say("hello")
     assert chat.answer_text() == "d4-sft heard: hello"
 
@@ -93,7 +97,7 @@ def test_reset_brings_the_first_values_back(chat, server):
 
 def test_the_page_begins_with_what_the_server_takes_and_keeps_what_the_reader_sets(chat, server):
     server.defaults = {"temperature": 0, "top_k": 5000}
-    chat.page.reload()
+    chat.reload()
     dialog = open_settings(chat)
     temperature = dialog.get_by_label("Temperature", exact=True)
     expect(temperature).to_have_value("0")
@@ -105,12 +109,12 @@ def test_the_page_begins_with_what_the_server_takes_and_keeps_what_the_reader_se
     body = server.requests[-1][1]
     assert (body["temperature"], body["top_k"]) == (0, 5000)
     server.defaults = {"temperature": 0.7, "top_k": 1}  # what was not set is not stored
-    chat.page.reload()
+    chat.reload()
     open_settings(chat)
     expect(temperature).to_have_value("0.7")
     temperature.fill("0.9")
     chat.button("Done").click()
-    chat.page.reload()
+    chat.reload()
     chat.say("two")
     body = server.requests[-1][1]
     assert (body["temperature"], body["top_k"]) == (0.9, 1)
@@ -120,7 +124,7 @@ def test_the_page_begins_with_what_the_server_takes_and_keeps_what_the_reader_se
 
 def test_a_server_that_does_not_tell_its_defaults_takes_them(chat, server):
     server.defaults = {}
-    chat.page.reload()
+    chat.reload()
     chat.say("hello")
     assert server.requests[-1][1].keys().isdisjoint({"temperature", "top_k"})
     chat.box.fill("/temperature")
@@ -243,7 +247,7 @@ def test_the_keys_of_the_message_box(chat, server):
     expect(editor).to_be_focused()
     expect(editor).to_have_value("one\ntwo")
     chat.page.keyboard.press("Escape")
-    server.play(says(*["word "] * 500, pause_s=0.02))
+    server.play(holds("word "))
     chat.say("stop me", wait=False)
     expect(chat.answers.last).to_contain_text("word")
     chat.page.keyboard.press("Escape")
@@ -263,7 +267,7 @@ def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(chat, server):
         "new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))",
         None,
     )
-    chat.page.wait_for_timeout(100)
+    chat.settle()
     assert server.requests == [] and chat.box.input_value() == "にほん"
 
 
@@ -284,7 +288,7 @@ def test_enter_of_an_input_method_whose_word_has_ended_already_does_nothing(chat
     script = "(e, options) => e.dispatchEvent(new KeyboardEvent('keydown', options))"
     for name in ("Enter", "Escape"):
         field.evaluate(script, {"key": name, "keyCode": 229, "bubbles": True})
-    chat.page.wait_for_timeout(100)
+    chat.settle()
     expect(field).to_have_value("にほん")
     assert len(server.requests) == 1 and chat.conversation_titles() in (["hello"], [])
 
@@ -293,8 +297,8 @@ def test_an_api_key_is_tried_once_when_it_is_complete(chat):
     field = open_settings(chat).get_by_label("API key")
     before = len(chat.requested)
     field.press_sequentially("sk-secret")
-    chat.page.wait_for_timeout(100)
-    assert chat.requested[before:] == []
+    chat.settle()
+    assert [url for url in chat.requested[before:] if not url.endswith("/health")] == []
     with chat.page.expect_request("**/v1/models") as request:
         chat.page.keyboard.press("Escape")  # which closes the dialog
     assert request.value.headers["authorization"] == "Bearer sk-secret"
@@ -317,13 +321,13 @@ def test_what_was_said_of_another_key_is_no_answer_to_the_new_one(chat):
     field.fill("new")
     field.blur()
     with chat.page.expect_response("**/v1/models") as response:
-        while not held:
-            chat.page.wait_for_timeout(10)
+        chat.wait_until(lambda: held, "the first key is tried")
         with chat.page.expect_request("**/v1/models") as request:
             held[0].fulfill(status=401, json={"error": {"message": "no such key", "code": None}})
     assert response.value.status == 401
     assert request.value.headers["authorization"] == "Bearer new"
-    chat.page.wait_for_timeout(100)
+    request.value.response().finished()
+    chat.settle()
     assert "no such key" not in chat.page.locator("#notices").inner_text()
 
 
@@ -351,7 +355,7 @@ def test_an_api_key_is_sent_and_forgotten_with_the_tab(chat, context, server):
 
 def test_escape_closes_what_is_open_before_it_stops_the_answer(chat, server):
     chat.page.set_viewport_size({"width": 400, "height": 700})
-    server.play(says(*["word "] * 500, pause_s=0.02))
+    server.play(holds("word "))
     chat.say("hello", wait=False)
     expect(chat.answers.last).to_contain_text("word")
     chat.button("Conversations").click()

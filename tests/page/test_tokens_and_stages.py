@@ -4,7 +4,7 @@ import math
 
 from playwright.sync_api import expect
 
-from tests.page.conftest import Chat
+from tests.page.conftest import Chat, new_context
 from tests.page.scripted_server import Reply, fails, says
 
 TOKENS = [
@@ -73,7 +73,7 @@ def test_a_single_model_answers_without_a_choice(chat, server):
 
 def choose_stages(chat, server, *models: str):
     server.models = list(models)
-    chat.page.reload()
+    chat.reload()
     chat.page.locator("#models summary").click()
 
 
@@ -86,7 +86,7 @@ def test_stages_are_listed_in_the_order_of_training(chat, server):
     chat.page.keyboard.press("Escape")
     chat.say("hello")
     assert server.requests[-1][1]["model"] == "mid"
-    chat.page.reload()
+    chat.reload()
     expect(chat.page.locator("#model-name")).to_have_text("mid")
 
 
@@ -144,7 +144,7 @@ def test_the_conversation_goes_on_from_the_chosen_answer(chat, server):
     chat.page.keyboard.press("Escape")
     chat.say("more")
     assert sent_to(server, "sft") == ["hello", "mid heard: hello", "more"]
-    chat.page.reload()
+    chat.reload()
     expect(chat.page.locator(".column.active .name")).to_have_text("mid")
     expect(chat.messages).to_have_count(5)
 
@@ -236,8 +236,9 @@ def test_a_line_end_has_a_sign_that_can_be_pointed_at(chat, server):
 
 
 def test_the_card_of_a_token_can_be_dismissed_and_opened_by_touch(browser, server):
-    context = browser.new_context(
-        base_url=server.url, viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True
+    viewport = {"width": 360, "height": 640}
+    context = new_context(
+        browser, base_url=server.url, viewport=viewport, has_touch=True, is_mobile=True
     )
     context.add_init_script("localStorage.setItem('jaxchat.settings', '{\"tokenView\": true}')")
     chat = Chat.open(context, server)

@@ -229,7 +229,10 @@ def test_a_file_that_is_none_of_ours_is_refused_and_changes_nothing(chat, name, 
     if isinstance(text, list):
         text = json.dumps({"format": "jaxchat-conversations", "conversations": text})
     chat.say("here before")
+    titles = chat.page.locator("#conversations .conversation")
+    expect(titles).to_have_text(["here before"])
     import_text(chat, name, text)
     expect(chat.page.locator("#notices")).to_contain_text(words)
+    chat.settle()
     assert chat.conversation_titles() == ["here before"]
     expect(chat.messages).to_have_count(2)

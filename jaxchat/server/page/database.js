@@ -41,7 +41,11 @@ export class Database extends EventTarget {
       if (!database) throw new Error("the browser offers no storage");
       await done(database.transaction(STORE, "readwrite"), (store) => {
         const write = () => store.put(Object.assign(conversation, { revision: newId() }));
-        if (!join) return write();
+        if (!join) {
+          const written = write();
+          store.transaction.commit(); // a page that closes does not live to see the request succeed
+          return written;
+        }
         const found = store.get(conversation.id);
         found.onsuccess = () => {
           const stored = found.result;

@@ -98,12 +98,13 @@ export class Prose {
       const start = performance.now();
       const html = await toHtml(shown);
       if (this.#tail) delete this.#tail.dataset.tail;
-      if (html === null) showPlain(this.element, shown);
+      if (html === null) showPlain(this.element, (shown = this.#wanted)); // with what came meanwhile
       else patch(this.element, html);
       this.#tail = tailOf(this.element);
       this.#tail.dataset.tail = "";
       const took = performance.now() - start;
-      if (shown !== this.#wanted) await sleep(Math.max(PAUSE_MS, PAUSE_SHARE * took));
+      if (html === null) await sleep(PAUSE_MS); // however long the server was waited for
+      else if (shown !== this.#wanted) await sleep(Math.max(PAUSE_MS, PAUSE_SHARE * took));
     }
     this.#busy = false;
   }

@@ -25,6 +25,8 @@ export class Session extends EventTarget {
   #waiting = new Set();
   #working = new Map();
   #saveTimers = new Map();
+  /** What is on its way to the database, which a page that closes would lose: one `{ conversation }` each. */
+  #storing = new Set();
   /** Conversations that are gone, and whether this tab has deleted them. */
   #deleted = new Map();
 
@@ -34,9 +36,10 @@ export class Session extends EventTarget {
     Object.assign(this, { database, settings, models: [], available: [], loadModels: async () => {} });
     this.conversation = tree.newConversation();
     database.addEventListener("change", ({ detail }) => this.#changedElsewhere(detail));
-    addEventListener("pagehide", () => this.#saveAll((conversation) => database.put(conversation)));
+    addEventListener("pagehide", () => this.#saveAtOnce());
     document.addEventListener("visibilitychange", () => {
-      if (document.hidden) this.#saveAll((conversation) => this.#put(conversation)); // another tab may write now
+      if (!document.hidden) return;
+      for (const conversation of this.#working.values()) this.#put(conversation); // another tab may write now
     });
   }
 
@@ -351,7 +354,10 @@ export class Session extends EventTarget {
     if (this.#deleted.has(conversation.id)) return;
     let changed = false;
     const isGrowing = (id) => this.#streams.has(id);
+    const storing = { conversation };
+    this.#storing.add(storing);
     await this.database.put(conversation, (ours, theirs) => (changed = merge(ours, theirs, isGrowing)));
+    this.#storing.delete(storing);
     if (changed && conversation === this.conversation) this.#emit("change");
   }
 
@@ -364,8 +370,12 @@ export class Session extends EventTarget {
     this.#saveTimers.set(conversation.id, setTimeout(save, SAVE_MS));
   }
 
-  #saveAll(save) {
-    for (const conversation of this.#working.values()) save(conversation);
+  /** What grows, and what is being stored: the page closes. */
+  #saveAtOnce() {
+    const storing = [...this.#storing].map(({ conversation }) => conversation);
+    for (const conversation of new Set([...this.#working.values(), ...storing])) {
+      if (!this.#deleted.has(conversation.id)) this.database.put(conversation);
+    }
   }
 
   #notice(text, undo = null) {
