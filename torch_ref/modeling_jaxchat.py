@@ -23,6 +23,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NORM_EPS = 1e-6
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this transformers calls it: `cache` from 5.24 on."""
+
 GATE_CHANNELS, SMEAR_CHANNELS = 12, 24
 """Channels that the value-embedding gate and the smear gate read."""
 
@@ -31,7 +34,7 @@ class JaxchatConfig(PretrainedConfig):
     """The shape of a model, under the names of jaxchat's `GPTConfig`."""
 
     model_type = "jaxchat"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers wants a list)
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012 (transformers wants a list)
     attribute_map = {  # noqa: RUF012
         "max_position_embeddings": "sequence_len",
         "num_hidden_layers": "n_layer",
@@ -198,14 +201,15 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of (B, T) ids that follow what the cache holds.
+        """Logits of (B, T) ids that follow what the cache, by either name, holds.
 
         `attention_mask` is (B, S), 0 on padding, which may be on either side; `logits_to_keep`
         asks for the last positions only (0: all).
         """
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         past = 0 if cache is None else cache.get_seq_length()
@@ -222,7 +226,8 @@ class JaxchatForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        named: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **named)
 
     def _hidden(
         self, ids: Tensor, real: Tensor, positions: Tensor, cache: Cache | None, past: int
