@@ -291,3 +291,24 @@ SCROLL_ENDS = """
 
 def distance_from_end(chat) -> float:
     return chat.page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight")
+
+
+BEFORE_ALL_SCRIPTS = """
+new MutationObserver((_, observer) => {
+  const box = document.getElementById("prompt");
+  if (!box) return;
+  box.value = "in a hurry";
+  observer.disconnect();
+}).observe(document, { childList: true, subtree: true });
+"""
+
+
+def test_what_is_written_before_the_page_has_come_to_life_stays(chat, context):
+    """The draft of before took its place."""
+    chat.box.fill("a draft")
+    chat.reload()
+    expect(chat.box).to_have_value("a draft")
+    context.add_init_script(BEFORE_ALL_SCRIPTS)
+    chat.reload()
+    expect(chat.box).to_have_value("in a hurry")
+    expect(chat.page.get_by_role("button", name="Send", exact=True)).to_be_enabled()

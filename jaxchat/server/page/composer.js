@@ -28,8 +28,9 @@ export class Composer {
 
   #open() {
     this.#keepDraft();
+    const early = this.draftName ? "" : this.box.value; // written before the page had come to life
     this.draftName = this.#nameOfDraft();
-    this.box.value = small.get(this.draftName) ?? "";
+    this.box.value = early || (small.get(this.draftName) ?? "");
     this.#fit();
     this.#drawButtons();
     focusPrompt();
