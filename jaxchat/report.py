@@ -266,12 +266,12 @@ def tags_to_tell_apart(sections: Iterable[Section]) -> dict[str, str]:
     return tags if len(set(tags.values())) > 1 else {}
 
 
-def _order(section: Section) -> tuple[int, str, list[str | int]]:
+def _order(section: Section) -> tuple[int, list[str | int]]:
     """By stage, then by tag, d4 before d12."""
     known = section.stage in STAGES
     parts = re.split(r"(\d+)", section.key)
     numbered = [int(part) if at % 2 else part for at, part in enumerate(parts)]
-    return (STAGES.index(section.stage) if known else len(STAGES), section.stage, numbered)
+    return (STAGES.index(section.stage) if known else len(STAGES), numbered)
 
 
 def _read(path: Path) -> Section:

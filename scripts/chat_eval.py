@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     console = make_console()
     if config.drawing() != GREEDY:
         console.print(on_screen(compact(fresh)))
-        console.print("Not in the report, where each problem has one greedy reply.")
+        console.print("Not in the report, whose replies are drawn as by default.")
         return
     table = with_earlier_rows(fresh, facts.values, report.sections(), config.source)
     console.print(on_screen(compact(table)))

@@ -100,8 +100,8 @@ def learn(config: Config, base: Path, card: report.Report) -> None:
     if earlier is not None:
         console.print(
             f"The tokenizer that was there is another, now in {earlier}: models trained with it "
-            "go on using that one. Their pretraining cannot be continued beside this one; set "
-            "JAXCHAT_BASE_DIR to keep such models apart.",
+            "go on using that one. To continue their pretraining, name that folder "
+            f"{directory.name} again; set JAXCHAT_BASE_DIR to keep such models apart.",
             soft_wrap=True,
         )
     parts: list[report.Part] = [

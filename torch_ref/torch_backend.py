@@ -181,7 +181,7 @@ class TorchBackend:
                 f"device_batch_size that is a multiple of {world}"
             )
         own = slice(self.ranks.rank * rows // world, (self.ranks.rank + 1) * rows // world)
-        self._cast_model = None  # the step needs its memory
+        self._cast_model = None  # stale after the step, which needs its memory
         loss, grads = loss_and_grads(
             self.model,
             self._to_device(inputs[:, own]),
@@ -197,7 +197,6 @@ class TorchBackend:
         fine &= bool((loss <= limits.loss) & (norm <= limits.grad_norm))
         if (self._loss_scale is None or self._loss_scale.accepts(norm)) and fine:
             self._optimizer.step(grads, schedule)
-            self._weights_changed()
         return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(float(not fine))}
 
     def get_optimizer_state(self) -> dict[str, np.ndarray]:
