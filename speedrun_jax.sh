@@ -144,14 +144,13 @@ fi
 # saves. In the foreground it would not, when the shell alone is told: by `docker stop`, for one. A
 # second Ctrl-C waits for nothing. Once told, this fails, even where the program reached its end.
 attend() {
-    local status=0 stopped=0
+    local status stopped=0 heard=1
     "$@" &
     child=$!
-    trap 'stopped=143; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'heard=1 stopped=143; kill -TERM "$child" 2>/dev/null || true' TERM
     trap 'interrupt' INT
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do # the signal has ended the wait alone
-        status=0
+    while ((heard)); do # a signal ends the wait alone, and its status is not the program's
+        heard=0 status=0
         wait "$child" || status=$?
     done
     trap - TERM INT
@@ -168,7 +167,7 @@ interrupt() {
         signal=TERM
         printf "\nstopping: training saves first; Ctrl-C again stops at once\n" >&2 # below a bar
     fi
-    stopped=143
+    heard=1 stopped=143
     kill "-$signal" "$child" 2>/dev/null || true
 }
 
