@@ -63,6 +63,8 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
     """Parse the command line, call `main`, and turn a user's mistake into one clear message."""
     config = parse(config_class)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see scripts/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _no_interrupt_is_lost():
             main(config)

@@ -1,6 +1,7 @@
 """What is told to stop stops, whoever is told, and leaves nothing running."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,3 +210,25 @@ def test_an_interrupt_ends_a_program_at_once_wherever_it_comes(tmp_path, words):
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "interrupted\n")
     assert not (tmp_path / "torn-down").exists(), "the interpreter must not be torn down"
+
+
+IMPORTING = """
+import pathlib, time
+pathlib.Path("begun").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_while_a_stage_is_still_imported_shows_no_traceback(tmp_path):
+    package = tmp_path / "scripts"
+    package.mkdir()
+    shutil.copy(ROOT / "scripts" / "__init__.py", package)
+    (package / "slow.py").write_text(IMPORTING)
+    program = subprocess.Popen(
+        [sys.executable, "-m", "scripts.slow"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "begun", program)
+    program.send_signal(signal.SIGINT)
+    assert program.communicate(timeout=30) == (None, "")
+    assert program.returncode == -signal.SIGINT
