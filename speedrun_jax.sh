@@ -17,12 +17,14 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -d scripts/runs ]] || cd "${SLURM_SUBMIT_DIR:-.}/scripts/.." # sbatch runs a copy; submit from here
 
 if (($#)); then
     echo "error: $0 takes no arguments: its first lines say what the environment sets" >&2
     exit 2
 fi
 
+. scripts/attend.sh
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 
@@ -140,37 +142,6 @@ fi
 
 # --- The stages -----------------------------------------------------------------------------------
 
-# Run a program that hears of SIGTERM and Ctrl-C when this shell does, and wait for its end: training
-# saves. In the foreground it would not, when the shell alone is told: by `docker stop`, for one. A
-# second Ctrl-C waits for nothing. Once told, this fails, even where the program reached its end.
-attend() {
-    local status stopped=0 heard=1
-    "$@" &
-    child=$!
-    trap 'heard=1 stopped=143; kill -TERM "$child" 2>/dev/null || true' TERM
-    trap 'interrupt' INT
-    while ((heard)); do # a signal ends the wait alone, and its status is not the program's
-        heard=0 status=0
-        wait "$child" || status=$?
-    done
-    trap - TERM INT
-    if ((stopped)); then
-        if [[ -t 1 ]]; then printf '\e[?25h'; fi # a bar had hidden the cursor
-        echo "stopped; the same command continues" >&2
-    fi
-    return "$((status ? status : stopped))"
-}
-
-interrupt() {
-    local signal=KILL
-    if ((!stopped)); then
-        signal=TERM
-        printf "\nstopping: training saves first; Ctrl-C again stops at once\n" >&2 # below a bar
-    fi
-    heard=1 stopped=143
-    kill "-$signal" "$child" 2>/dev/null || true
-}
-
 # stage NAME ARGUMENTS...: run `python -m scripts.NAME ARGUMENTS`, unless the ledger says that this
 # very command has finished and nothing before it has run anew. A script that runs on several
 # models (-i first) has an entry for each.
@@ -185,11 +156,10 @@ stage() {
         echo "--- $name: done before"
         return
     fi
+    ((!anew)) || rm -f "$mark" # of a model that is no more
     anew=1
-    rm -f "$mark"
     echo "--- $command"
-    attend .venv/bin/python -m "scripts.$1" "${@:2}"
-    echo "$command" >"$mark"
+    finish "$mark" "$command" attend .venv/bin/python -m "scripts.$1" "${@:2}"
 }
 
 stage data_download "${data[@]}"

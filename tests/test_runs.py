@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -342,6 +343,33 @@ def test_the_sweeps_are_the_ones_they_say():
     assert {c.seed for c in toys} == {7}
 
 
+def told(script, cwd, **settings):
+    """What a script that is started in `cwd` says before it does anything."""
+    shell = subprocess.run(
+        ["bash", str(script)],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nowhere", "DRY_RUN": "1", **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return shell.returncode, shell.stdout, shell.stderr
+
+
+@pytest.mark.parametrize("script", ["speedrun_jax.sh", *(f"scripts/runs/{n}.sh" for n in SWEEPS)])
+def test_sbatch_runs_a_copy_of_a_script_without_its_neighbours(tmp_path, script):
+    """And whatever is started within a job knows where that was submitted, perhaps elsewhere."""
+    settings = {"JAXCHAT_TIER": "none"}  # ends the pipeline, which has no DRY_RUN
+    copy = shutil.copy(ROOT / script, tmp_path / "slurm_script")
+    usual = told(ROOT / script, tmp_path, **settings)
+    assert "choose node, gpu" in usual[2] or "base_train" in usual[1]
+    assert told(copy, tmp_path, SLURM_SUBMIT_DIR=str(ROOT), **settings) == usual
+    assert told(ROOT / script, tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), **settings) == usual
+    status, said, error = told(copy, tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), **settings)
+    assert (status, said) == (1, "")
+    assert f"cd: {tmp_path}/scripts/" in error
+
+
 def ledger(base, commands):
     """Run shell commands after the ledger has been sourced."""
     script = f"set -euo pipefail\n. {RUNS / 'ledger.sh'}\n{commands}"
@@ -360,9 +388,6 @@ def test_what_has_finished_is_skipped_and_what_failed_is_not(base_dir):
     header, row = table.read_text().splitlines()
     assert header == ",".join(sweep_table.COLUMNS)
     assert row.startswith("mini_d4,4,32,")
-    marks = base_dir / "runs"
-    (marks / "a.core").touch()
-    (marks / "ab").touch()
     table.unlink()
     again = ledger(base_dir, command)
     assert again.stdout == "--- a: done before\n"
@@ -370,7 +395,40 @@ def test_what_has_finished_is_skipped_and_what_failed_is_not(base_dir):
     changed = ledger(base_dir, f"{command} --goal 0")
     assert changed.returncode == 1  # no CORE, so the goal is missed
     assert "mini_d4: CORE not measured on all examples" in changed.stdout
-    assert {path.name for path in marks.iterdir()} == {"ab"}
+    assert ledger(base_dir, command).stdout.startswith("--- sweep_table ")
+
+
+TRAINED = "once a base_train --depth 2; once a.core base_eval -g a; "
+
+
+@pytest.mark.parametrize(
+    ("changed", "does", "done"),
+    [
+        ("once a base_train --seed 7", "return 2", {"a", "a.core"}),
+        ("once a base_train --seed 7", "return 1", {"a.core"}),
+        ("once a base_train --seed 7", "return 143", {"a.core"}),
+        ("once a base_train --seed 7", "kill -KILL $$", {"a.core"}),
+        ("once a base_train --resume never", "return 2", {"a.core"}),
+        ("once a.core base_eval -g a --max-per-task 9", "return 2", {"a", "a.core"}),
+        ("once a base_train --save-every 9", "return 0", {"a"}),
+    ],
+)
+def test_what_is_refused_takes_no_mark_away(base_dir, changed, does, done):
+    """EXTRA="--seed 7" on what had finished cost it its marks, and with them a CORE evaluation.
+
+    The mark of what stands on a run may outlive the run's, and goes when that is written again.
+    """
+    succeeds = "launch() { true; }; "
+    assert ledger(base_dir, succeeds + TRAINED + "once ab x").returncode == 0
+    marks = base_dir / "runs"
+    before = {path.name: path.read_text() for path in marks.iterdir()}
+    assert set(before) == {"a", "a.core", "ab"}
+    ledger(base_dir, f"launch() {{ {does}; }}; {changed}")
+    assert {path.name for path in marks.iterdir()} == done | {"ab"}
+    if does != "return 0":
+        assert all((marks / name).read_text() == before[name] for name in done)
+    again = ledger(base_dir, succeeds + TRAINED).stdout
+    assert again.count("done before") == (2 if done == {"a", "a.core"} else 0)
 
 
 def test_a_sweep_refuses_a_tokenizer_of_another_size(base_dir):

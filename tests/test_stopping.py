@@ -1,5 +1,9 @@
-"""What is told to stop stops, whoever is told, and leaves nothing running."""
+"""What is told to stop stops, whoever is told, and leaves nothing running or done that is not.
 
+And what is refused changes nothing.
+"""
+
+import contextlib
 import os
 import shutil
 import signal
@@ -44,80 +48,181 @@ while True:
 
 
 def wait_for(path, process):
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-# A machine on which the told program has ended before the shell looks again.
-BUSY = 'kill() { command kill "$@"; local was=$?; sleep 0.3; return $was; }'
+# A machine on which the told program has ended before the shell looks again, and a program begins
+# before the shell listens.
+BUSY = """
+kill() { command kill "$@"; local was=$?; sleep 0.3; return $was; }
+trap() { [[ -z "$(jobs -p)" ]] || sleep 1; builtin trap "$@"; }
+"""
+
+SPEEDRUN, SWEEP = "speedrun_jax.sh", "scripts/runs/miniseries.sh"
+
+PYTHON = f"""#!/bin/sh
+echo "${{2#scripts.}}" >>launched
+[ "$2" = scripts.base_train ] || exit 0
+exec {sys.executable} stage.py
+"""
+"""Training does what is said in stage.py, all other programs end at once."""
 
 
-@pytest.fixture(params=["", BUSY], ids=["idle", "busy"])
-def speedrun(tmp_path, request):
-    """Starts the script's loop over stages, with one that does as is said instead of training."""
-
-    def start(what_it_does):
-        python = tmp_path / ".venv" / "bin" / "python"
-        python.parent.mkdir(parents=True)
-        (tmp_path / "stage.py").write_text(stage(what_it_does))
-        python.write_text(f"#!/bin/sh\nexec {sys.executable} stage.py\n")
-        python.chmod(0o755)
-        script = (ROOT / "speedrun_jax.sh").read_text()
-        functions = script.split("# --- The stages")[1].split("\nstage data_download")[0]
-        stages = "stage base_train --depth 2\nstage report"
-        shell = subprocess.Popen(
-            ["bash", "-c", f"set -euo pipefail\n{request.param}\n#{functions}\n{stages}"],
-            cwd=tmp_path,
-            env={"PATH": "/usr/bin:/bin", "JAXCHAT_BASE_DIR": str(tmp_path)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        wait_for(tmp_path / "begun", shell)
-        return shell
-
-    return start
+@pytest.fixture
+def house(tmp_path):
+    """The real shell scripts, where only PYTHON is installed and nothing has to be set up."""
+    for script in (SPEEDRUN, *(path.relative_to(ROOT) for path in ROOT.glob("scripts/**/*.sh"))):
+        (tmp_path / script).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / script, tmp_path / script)
+    (tmp_path / "scripts" / "setup.sh").write_text("")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
 
 
-def ends_there(shell, tmp_path):
-    """With the status of a stop, and the stage to be done again."""
+def start(house, script, *, before=(), **settings):
+    """A script of the house has begun; `before` are words that start bash."""
+    env = {"JAXCHAT_BASE_DIR": str(house), "JAXCHAT_TIER": "smoke", "DEPTHS": "8 10"}
+    return subprocess.Popen(
+        [*before, "bash", str(house / script)],
+        env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **env, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(house, script, **settings):
+    """Exit status and what has been said by the script when it ends of itself."""
+    shell = start(house, script, **settings)
+    said, _ = shell.communicate(timeout=60)
+    return shell.returncode, said
+
+
+def finished(house):
+    """The programs whose commands have finished, as the ledgers have it."""
+    marks = [*house.glob("stages/*"), *house.glob("runs/*")]
+    return {mark.read_text().split()[0] for mark in marks}
+
+
+def everything_ends(shell):
+    """Also what a script that fails its test leaves running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(shell.pid, signal.SIGKILL)
+    shell.wait()
+    shell.stdout.close()
+
+
+@pytest.fixture(
+    params=[(SPEEDRUN, ""), (SPEEDRUN, BUSY), (SWEEP, "")], ids=["idle", "busy", "sweep"]
+)
+def pipeline(house, request):
+    """Starts the pipeline, or a sweep, up to a training run that does as is said."""
+    script, prelude = request.param
+    (house / "prelude").write_text(prelude)
+    shells = []
+
+    def begin(what_it_does):
+        (house / "stage.py").write_text(stage(what_it_does))
+        shells.append(start(house, script, BASH_ENV=str(house / "prelude")))
+        wait_for(house / "begun", shells[0])
+        return shells[0]
+
+    yield begin
+    everything_ends(shells[0])
+
+
+def ends_there(shell, house):
+    """With the status of a stop, and training to be done again."""
     said, _ = shell.communicate(timeout=30)
+    launched = (house / "launched").read_text().split()
     assert shell.returncode == 143
-    assert said == "--- base_train --depth 2\n"
-    assert not list((tmp_path / "stages").iterdir()), "it is not done"
+    assert said.splitlines()[-1].startswith("--- base_train ")
+    assert launched.index("base_train") == len(launched) - 1, "nothing begins"
+    assert finished(house) == set(launched[:-1]), "training has not"
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_speedrun_that_is_told_to_stop_waits_until_its_stage_has_saved(
-    speedrun, tmp_path, number
+def test_a_pipeline_that_is_told_to_stop_waits_until_its_training_has_saved(
+    pipeline, house, number
 ):
-    """The shell alone is told, as by `docker stop`: a stage in the foreground hears nothing."""
-    shell = speedrun(SAVES)
+    """The shell alone is told, as by `docker stop`: a program in the foreground hears nothing."""
+    shell = pipeline(SAVES)
     shell.send_signal(number)
-    ends_there(shell, tmp_path)
-    assert (tmp_path / "saved").exists()
+    ends_there(shell, house)
+    assert (house / "saved").exists()
 
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_no_stage_begins_after_the_stop_of_one_that_had_only_its_end_to_reach(
-    speedrun, tmp_path, number
+def test_nothing_begins_after_the_stop_of_a_program_that_had_only_its_end_to_reach(
+    pipeline, house, number
 ):
     """A training run in its last validation finishes, with status 0, whoever asks."""
-    shell = speedrun(HAS_FINISHED)
+    shell = pipeline(HAS_FINISHED)
     shell.send_signal(number)
-    ends_there(shell, tmp_path)
+    ends_there(shell, house)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_who_interrupts_twice_waits_for_nothing(speedrun, tmp_path):
-    shell = speedrun(NEVER_ENDS)
+def test_who_interrupts_twice_waits_for_nothing(pipeline, house):
+    shell = pipeline(NEVER_ENDS)
     shell.send_signal(signal.SIGINT)
-    wait_for(tmp_path / "told", shell)
+    wait_for(house / "told", shell)
     shell.send_signal(signal.SIGINT)
     shell.communicate(timeout=30)
     assert shell.returncode == 128 + signal.SIGKILL
+
+
+CONTAINER = ("unshare", "--map-root-user", "--pid", "--fork", "--kill-child")
+
+
+@pytest.mark.parametrize("script", [SPEEDRUN, SWEEP])
+def test_process_1_of_a_container_hears_a_stop_while_it_sets_up(house, script):
+    """Such a process ignores what it has no handler for: training began, for the grace period."""
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"], check=False).returncode:
+        pytest.skip("this machine gives no process the number 1")
+    (house / "scripts" / "setup.sh").write_text(f"touch {house}/begun; sleep 1\n")
+    (house / "stage.py").touch()
+    outside = start(house, script, before=CONTAINER)
+    wait_for(house / "begun", outside)
+    [bash] = Path(f"/proc/{outside.pid}/task/{outside.pid}/children").read_text().split()
+    os.kill(int(bash), signal.SIGTERM)
+    outside.communicate(timeout=30)
+    assert outside.returncode == 143
+    assert not (house / "launched").exists()
+
+
+def test_a_stage_that_is_refused_stays_done_as_it_was(house):
+    """DEPTH=200 once, which no memory holds, made the next run repeat every stage from there on."""
+    training = house / "stage.py"
+    training.touch()
+    assert run(house, SPEEDRUN, DEPTH="2")[0] == 0
+    training.write_text("raise SystemExit(2)")
+    assert run(house, SPEEDRUN, DEPTH="200")[0] == 2
+    status, said = run(house, SPEEDRUN, DEPTH="2")
+    stages = [line for line in said.splitlines() if line.startswith("---")]
+    assert status == 0
+    assert len(stages) == 12
+    assert all(line.endswith(": done before") for line in stages)
+
+
+@pytest.mark.parametrize("status", ["1", "2"])
+def test_a_stage_is_not_done_where_one_before_it_has_run_anew(house, status):
+    training = house / "stage.py"
+    training.touch()
+    assert run(house, SPEEDRUN)[0] == 0
+    (house / "stages" / "tok_train").unlink()
+    training.write_text(f"raise SystemExit({status})")
+    assert run(house, SPEEDRUN)[0] == int(status)
+    assert {"tok_train", "base_train"} & finished(house) == {"tok_train"}
 
 
 HARVEST = """

@@ -7,7 +7,9 @@
 # JAXCHAT_BASE_DIR/$SERIES.csv; dev/scaling_analysis.ipynb fits the curves.
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/ledger.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -f ledger.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}/scripts/runs" # sbatch runs a copy; submit from the root
+. ./ledger.sh
 
 SERIES="${SERIES:-cpu}"                  # tags are cpu_1.5e11_w24 and so on
 BUDGETS="${BUDGETS:-1.5e11 5e11 1.5e12}" # at 5e10 the best width is below 24

@@ -12,6 +12,7 @@ if (($#)); then
     exit 2
 fi
 
+. scripts/attend.sh
 export JAXCHAT_BASE_DIR="${JAXCHAT_BASE_DIR:-${NANOCHAT_BASE_DIR:-$HOME/.cache/jaxchat}}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 ledger="$JAXCHAT_BASE_DIR/runs"
@@ -32,7 +33,7 @@ launch() {
         printf ' %q' "${@:2}"
         echo
     else
-        .venv/bin/python -m "scripts.$1" "${@:2}"
+        attend .venv/bin/python -m "scripts.$1" "${@:2}"
     fi
 }
 
@@ -45,10 +46,9 @@ once() {
     elif [[ -f "$mark" && "$(<"$mark")" == "$command" ]]; then
         echo "--- $1: done before"
     else
-        rm -f "$mark" "$mark".*
+        [[ "$command" != *--resume* ]] || rm -f "$mark" # to start anew sets the old model aside
         echo "--- $command"
-        launch "${@:2}"
-        echo "$command" >"$mark"
+        finish "$mark" "$command" launch "${@:2}"
         echo "--- $1: $((SECONDS - started)) s"
     fi
 }

@@ -9,7 +9,9 @@
 # JAXCHAT_BASE_DIR/$SERIES.csv, and dev/scaling_analysis.ipynb draws it.
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/ledger.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -f ledger.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}/scripts/runs" # sbatch runs a copy; submit from the root
+. ./ledger.sh
 
 SERIES="${SERIES:-mini}"                # tags are mini_d8 and so on
 DEPTHS="${DEPTHS:-8 10 12 14 16 18 20}" # 3.2e19 FLOPs and 38 GB in all

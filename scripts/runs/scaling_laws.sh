@@ -9,7 +9,9 @@
 # is JAXCHAT_BASE_DIR/$SERIES.csv; dev/scaling_analysis.ipynb fits the curves.
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/ledger.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -f ledger.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}/scripts/runs" # sbatch runs a copy; submit from the root
+. ./ledger.sh
 
 SERIES="${SERIES:-flops}"                    # tags are flops_1e18_d10 and so on
 BUDGETS="${BUDGETS:-1e18 2.15e18 4.64e18 1e19}" # thirds of a decade; 1.1e20 FLOPs in all

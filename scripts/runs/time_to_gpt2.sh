@@ -7,7 +7,9 @@
 # preparation of data are not. Exits with 1 when CORE stays below.
 
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/ledger.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")"
+[[ -f ledger.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}/scripts/runs" # sbatch runs a copy; submit from the root
+. ./ledger.sh
 
 DEPTH="${DEPTH:-24}"
 RATIO="${RATIO:-8}"     # undertrained for its size: 1.5 times faster than the series' 12
