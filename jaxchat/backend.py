@@ -48,7 +48,7 @@ class DeviceInfo(NamedTuple):
     description: str
     """For people: `8 x NVIDIA H100 80GB HBM3`."""
     peak_flops: float | None
-    """Peak FLOP/s of all devices in the compute dtype; None where nobody states one."""
+    """Peak bf16 FLOP/s of all devices, whatever they compute in; None where nobody states one."""
     processes: int = 1
     """Processes of the run that read rows of their own; `train_step` takes a process's share."""
     process: int = 0

@@ -121,9 +121,11 @@ def on_host(values: Any, dtype: DTypeLike) -> Any:
 def claim_memory() -> None:
     """Let JAX take nearly all of a GPU's memory, not its usual three quarters.
 
-    Before the first use of a device. XLA_PYTHON_CLIENT_MEM_FRACTION in the environment wins.
+    Before the first use of a device. XLA_CLIENT_MEM_FRACTION in the environment wins, and its older
+    name does, beside which JAX refuses the new one.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
 
 
 def since_ampere() -> bool:

@@ -7,6 +7,7 @@ command continues it from its last checkpoint, on as many processes as there are
 """
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ from jaxtyping import Array
 
 from jaxchat import runtime, sharding
 
-MEETING_SECONDS = 300
-"""How long a process waits for the others at the start."""
+MEETING_SECONDS = 1800
+"""How long a process waits for the others at the start: a cluster may have to add their nodes."""
 
 HEARTBEAT_SECONDS = 30
 """Silence after which a process counts as lost."""
@@ -33,6 +34,12 @@ def join() -> None:
     launch = runtime.launch()
     if launch is None or jax.distributed.is_initialized():
         return
+    os.environ.update(grpc_proxy="")  # https_proxy counts otherwise, and knows no node
+    print(
+        f"process {launch.index} of {launch.count} ({launch.by}) meets the others at "
+        f"{launch.coordinator or 'their coordinator'}, for {MEETING_SECONDS // 60} minutes at most",
+        flush=True,
+    )
     # ours: train_loop saves and stops at the same step everywhere
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -51,6 +58,20 @@ def join() -> None:
             f"process {launch.index} of {launch.count} ({launch.by}) did not meet the others at "
             f"{launch.coordinator or 'their coordinator'} within {MEETING_SECONDS} s: {error}"
         ) from error
+
+
+def check_joined() -> None:
+    """ValueError where JAX counts other processes than those that a launcher has told of.
+
+    Each would take itself for the first: TPUs of Compute Engine know of each other by themselves.
+    """
+    alone = jax.process_count() > 1 and not jax.distributed.is_initialized()
+    if alone or runtime.process_index() != jax.process_index():
+        raise ValueError(
+            f"this is process {jax.process_index()} of {jax.process_count()} to JAX, and process "
+            f"{runtime.process_index()} to the environment: set JAXCHAT_COORDINATOR (host:port of "
+            "the first), JAXCHAT_PROCESS_COUNT and JAXCHAT_PROCESS_INDEX, and no RANK"
+        )
 
 
 def put(x: np.ndarray, placement: Sharding) -> Array:
@@ -100,10 +121,9 @@ class Vote:
 
 def check_rows_are_local(mesh: Mesh) -> None:
     """ValueError when two processes would have to read the same rows."""
-    local = jax.local_device_count()
-    tensor = mesh.shape[sharding.TENSOR]
-    if jax.process_count() > 1 and local % tensor:
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (processes != processes[..., :1]).any():
         raise ValueError(
-            f"tensor={tensor} does not divide the {local} devices of one process: a row must stay "
-            "within a process; use fsdp across hosts"
+            f"tensor={mesh.shape[sharding.TENSOR]} does not divide the {jax.local_device_count()} "
+            "devices of one process: a row must stay within a process; use fsdp across hosts"
         )

@@ -24,7 +24,7 @@ from jaxchat import attention as kernels
 from jaxchat import sampling
 from jaxchat.config import GATE_CHANNELS, SMEAR_CHANNELS, GPTConfig
 from jaxchat.kv_cache import AnyCache
-from jaxchat.remat import recomputed
+from jaxchat.remat import Gather, recomputed
 from jaxchat.sampling_params import SamplingParams
 
 NORM_EPS = 1e-6
@@ -234,12 +234,13 @@ class GPT(nnx.Module):
         cache: AnyCache | None = None,
         valid: Int[Array, " B"] | None = None,
         remat: str = "none",
+        gather: Gather | None = None,
     ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
         """The final normed state of every position, and the cache with these tokens appended.
 
         With a cache, row b's tokens continue it at `cache.lengths[b]`, and only the first
-        `valid[b]` of them count (all, when None): the rest is padding. `remat` is for training
-        (memory.py).
+        `valid[b]` of them count (all, when None): the rest is padding. `remat` and
+        `gather` are for training (remat.py).
         """
         config = self.config
         if valid is None:
@@ -254,7 +255,8 @@ class GPT(nnx.Module):
             if config.residual_scalars:
                 x = _scalar(self.resid_lambdas, i, x) * x + _scalar(self.x0_lambdas, i, x) * x0
             value_embed = self.value_embeds[str(i)](ids) if config.has_value_embed(i) else None
-            x, layer_cache = recomputed(block, remat)(x, value_embed, cos_sin, cache, valid)
+            run = recomputed(block, remat, gather)
+            x, layer_cache = run(x, value_embed, cos_sin, cache, valid)
             stored.append(layer_cache)
             if i == config.n_layer // 2:
                 x_mid = x

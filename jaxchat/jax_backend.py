@@ -55,6 +55,7 @@ class JaxBackend:
         devices.claim_memory()
         distributed.join()
         devices.check_platforms()
+        distributed.check_joined()
         devices.enable_compilation_cache()
         self.dtype = devices.compute_dtype(dtype)
         devices.multiply_in(self.dtype)

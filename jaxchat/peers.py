@@ -49,9 +49,11 @@ BYE, FAILED, GONE = b".", b"!", b"?"
 TRANSPORT = re.compile(
     r"(?i:\b(?:gloo|nccl)|\bconnection\b|\bsocket\b|\bbroken pipe\b|\bheartbeat|"
     r"\bcoordination service\b|\bbarrier timed out\b)|"
-    r"\b(?:UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b"
+    r"\b(?:UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|"
+    r"\bCUDA_ERROR_(?:ECC|NVLINK)_UNCORRECTABLE\b"
 )
-"""What the RuntimeErrors of collectives and barriers say when another process is lost."""
+"""What the RuntimeErrors of collectives and barriers say when another process is lost, or a GPU:
+on another node the same command goes on."""
 
 Gather = Callable[[Any], list[Any]]
 """`Backend.gather`."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -74,11 +75,15 @@ def parse_mesh(text: str, device_count: int) -> dict[str, int]:
 def make_mesh(
     devices: Sequence[jax.Device] | None = None, sizes: Mapping[str, int] | None = None
 ) -> Mesh:
-    """A mesh of these devices; all of them on the data axis unless `sizes` says otherwise."""
+    """A mesh of these devices; all of them on the data axis unless `sizes` says otherwise.
+
+    In their own order, process after process: `jax.make_mesh` takes every host with GPUs for a
+    slice of its own and refuses several, and may put one row of a batch on two hosts with TPUs.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = sizes or {DATA: len(devices)}
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.reshape(devices, shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shares(mesh: Mesh) -> int:

@@ -83,7 +83,7 @@ class Slot:
         """
         shared = common_prefix(self.held, ids)
         lost = len(self.held) - shared
-        goes_back = shared >= len(ids) - 1
+        goes_back = shared == len(ids)
         bearable = max(shared, WORTH_COPYING) if goes_back else min(shared, WORTH_COPYING)
         return shared if lost <= bearable else 0
 

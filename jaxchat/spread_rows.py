@@ -96,7 +96,7 @@ def copier(mesh: Mesh) -> Callable:
 
 
 def _own(cache: KVCache, row: Int[Array, ""]) -> tuple[Bool[Array, ""], Int[Array, ""]]:
-    """Whether this device has that row of all, and which of its own it is (any, if it has not)."""
+    """Whether this device has that row of all, and which of its own it is (none, if it has not)."""
     held = len(cache.lengths)
     local = row - jax.lax.axis_index(AXES) * held
-    return (local >= 0) & (local < held), jnp.clip(local, 0, held - 1)
+    return (local >= 0) & (local < held), local

@@ -78,6 +78,7 @@ def carry_out(
     tracker = open_tracker(
         store.directory,
         run=run,
+        run_id=start["run"],
         tensorboard=tensorboard,
         config=config,
         resume_step=start["step"],

@@ -88,21 +88,31 @@ def _line(step: int, scalars: Mapping[str, float]) -> str:
 
 
 def open_tracker(
-    directory: Path, *, run: str | None, tensorboard: bool, config: Mapping, resume_step: int
+    directory: Path,
+    *,
+    run: str | None,
+    run_id: str,
+    tensorboard: bool,
+    config: Mapping,
+    resume_step: int,
 ) -> Tracker:
     """The tracker of a run that keeps its files in `directory`.
 
-    `run` names it at Weights & Biases; `WANDB_RUN` does when that is None.
+    `run` names it at Weights & Biases; `WANDB_RUN` does when that is None. By `run_id` it is the
+    same run there after every interruption.
     """
     guests = open_guests(
         wandb_run=run or os.environ.get("WANDB_RUN"),
+        run_id=run_id,
         tensorboard=directory / "tensorboard" if tensorboard else None,
         config=config,
     )
     return Tracker(directory / METRICS, guests, resume_step=resume_step)
 
 
-def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapping) -> list[Sink]:
+def open_guests(
+    *, wandb_run: str | None, run_id: str, tensorboard: Path | None, config: Mapping
+) -> list[Sink]:
     """The sinks a run asked for; one that cannot start is left out with a warning.
 
     `wandb_run` None or "dummy" means none, as upstream's `WANDB_RUN` does.
@@ -112,7 +122,7 @@ def open_guests(*, wandb_run: str | None, tensorboard: Path | None, config: Mapp
         return guests
     wanted: list[Callable[[], Sink]] = []
     if wandb_run and wandb_run != "dummy":
-        wanted.append(lambda: _Wandb(wandb_run, config))
+        wanted.append(lambda: _Wandb(wandb_run, run_id, config))
     if tensorboard is not None:
         wanted.append(lambda: _TensorBoard(tensorboard))
     for start in wanted:
@@ -130,7 +140,7 @@ def _not_started(why: object) -> None:
 
 
 class _Wandb:
-    def __init__(self, run: str, config: Mapping) -> None:
+    def __init__(self, name: str, run_id: str, config: Mapping) -> None:
         # optional: `uv sync --extra track`
         import wandb  # pyrefly: ignore[missing-import]
 
@@ -140,7 +150,9 @@ class _Wandb:
             mode = "offline"
             print("wandb has no key (wandb login, or WANDB_API_KEY): see wandb sync for this run")
         project = os.environ.get("WANDB_PROJECT", "jaxchat")
-        self._run = wandb.init(project=project, name=run, config=dict(config), mode=mode)
+        self._run = wandb.init(
+            project=project, name=name, id=run_id, resume="allow", config=dict(config), mode=mode
+        )
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)

@@ -8,13 +8,13 @@ advantage per token, and the same mean.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -25,9 +25,6 @@ from jaxchat.loss import cross_entropy
 from jaxchat.params import Params, bind
 from jaxchat.schedule import StepSchedule
 from jaxchat.spikes import NO_LIMITS, Limits
-
-GATHERED = "gathered"
-"""The name of whole weights, for what is kept until the backward pass."""
 
 
 class TrainState(NamedTuple):
@@ -84,8 +81,9 @@ def make_train_step(
         # one finite check: what is below a limit is no NaN, and infinity is no limit for infinity
         fine = (loss <= limits.loss) & (grad_norm <= limits.grad_norm)
         fine &= jnp.isfinite(loss + grad_norm)
+        teaches = fine & (grad_norm > 0)  # Muon makes a whole step of any momentum, however old
         new = TrainState(jax.tree.map(jnp.add, state.params, updates), opt_state)
-        kept = jax.tree.map(lambda after, before: jnp.where(fine, after, before), new, state)
+        kept = jax.tree.map(lambda after, before: jnp.where(teaches, after, before), new, state)
         return kept, StepMetrics(loss, grad_norm, 1 - fine.astype(jnp.float32))
 
     replicated = sharding.place(mesh, sharding.REPLICATED)
@@ -101,14 +99,25 @@ def make_train_step(
 def loss_and_grads(
     graphdef: nnx.GraphDef, params: Params, batch: Batch, mesh: Mesh, *, remat: str = "none"
 ) -> tuple[Float[Array, ""], Params]:
-    """Weighted mean loss over the counted targets of all micro-batches, and its gradient."""
+    """Weighted mean loss over the counted targets of all micro-batches, and its gradient.
+
+    Of weights that are divided over `fsdp`, every block gathers its own, once more for the backward
+    pass; the embeddings and lm_head are gathered once a micro-batch.
+    """
+    placements = {name: sharding.weight(mesh, name, x.shape) for name, x in params.items()}
+    shares = {name: sharding.without(sharding.TENSOR, spec) for name, spec in placements.items()}
+    divided = {name for name, spec in shares.items() if sharding.FSDP in spec}
+    inside = {name: name.split(".", 2)[2] for name in params if name.startswith("h.")}
+    of_block = {inside[name]: placements[name] for name in inside}
+    gather = partial(_whole, placements=of_block) if divided else None
 
     def local_sum(
         params: Params, inputs: Array, targets: Array, weights: Array | None
     ) -> Float[Array, ""]:
-        model = bind(graphdef, params)
+        outside = {name: x for name, x in params.items() if name not in inside}
+        model = bind(graphdef, params | _whole(outside, placements))
         assert isinstance(model, GPT)
-        hidden, _ = model.hidden(inputs, remat=remat)
+        hidden, _ = model.hidden(inputs, remat=remat, gather=gather)
         counted = (targets >= 0).astype(jnp.float32)
         weights = counted if weights is None else counted * weights
         config = model.config
@@ -121,9 +130,6 @@ def loss_and_grads(
             config.logit_softcap,
         )
 
-    placements = {name: sharding.weight(mesh, name, x.shape) for name, x in params.items()}
-    shares = {name: sharding.without(sharding.TENSOR, spec) for name, spec in placements.items()}
-    whole_loss = _gathering(local_sum, placements)
     rows = (sharding.DATA, sharding.FSDP)
     alone = sharding.row_shares(mesh) == 1
 
@@ -131,7 +137,7 @@ def loss_and_grads(
         def accumulate(carry: tuple[Array, Params], micro: tuple[Array | None, ...]) -> tuple:
             return jax.tree.map(jnp.add, carry, gradient(params, *micro)), None
 
-        gradient = jax.value_and_grad(whole_loss)
+        gradient = jax.value_and_grad(local_sum)
         inputs, targets, _ = batch
         assert inputs is not None and targets is not None
         if len(inputs) == 1:
@@ -143,7 +149,6 @@ def loss_and_grads(
         if not alone:
             total, count = jax.lax.psum((total, count), rows)
             # gathering a share has summed its gradient over fsdp
-            divided = {name for name, spec in shares.items() if sharding.FSDP in spec}
             grads = {
                 **jax.lax.psum({n: g for n, g in grads.items() if n not in divided}, rows),
                 **jax.lax.psum({n: g for n, g in grads.items() if n in divided}, sharding.DATA),
@@ -166,24 +171,12 @@ def loss_and_grads(
     return spread(params, *batch)
 
 
-def _gathering(loss: Callable[..., Array], placements: Mapping[str, P]) -> Callable[..., Array]:
-    """`loss` of whole weights as a function of their shares over `fsdp`.
-
-    The backward pass gathers them a second time instead of keeping them.
-    """
-    divided = {name: spec for name, spec in placements.items() if sharding.FSDP in spec}
-    if not divided:
-        return loss
-
-    def of_shares(params: Params, *batch: Array | None) -> Array:
-        whole = {
-            name: _gather(x, divided[name]) if name in divided else x for name, x in params.items()
-        }
-        return loss(whole, *batch)
-
-    return jax.checkpoint(
-        of_shares, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    )
+def _whole(params: Mapping[str, Array], placements: Mapping[str, P]) -> Params:
+    """Weights of which some are divided over `fsdp`, each made whole."""
+    return {
+        name: _gather(x, placements[name]) if sharding.FSDP in placements[name] else x
+        for name, x in params.items()
+    }
 
 
 def _gather(x: Array, spec: P) -> Array:
@@ -200,4 +193,4 @@ def _gather(x: Array, spec: P) -> Array:
         axis_names={sharding.TENSOR},
         check_vma=False,
     )
-    return checkpoint_name(collect(x), GATHERED)
+    return collect(x)

@@ -29,6 +29,9 @@ from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts
 from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
 
+CORE = "CORE"
+"""Label of the mean of all examples, of no estimate."""
+
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Models whose results a bundle may hold, as openai-community-NAME.csv."""
 
@@ -77,8 +80,12 @@ def main(config: Config) -> None:
     console = make_console()
     console.print(on_screen(table))
     console.print(f"{name}: {metric:.4f}")
+    csv_name = f"{config.source}_eval.csv"
+    if label != CORE and holds_core(model.path / csv_name):
+        console.print("Not in the report, which has this checkpoint's CORE of all examples.")
+        return
     for folder in (model.path, base_dir() / "report"):  # beside what was judged, and the newest
-        write_csv(folder / f"{config.source}_eval.csv", results, label, metric)
+        write_csv(folder / csv_name, results, label, metric)
     report.add(
         f"{config.source}_eval",
         f"{label[0].upper()}{label[1:]} ({config.source})",
@@ -96,7 +103,7 @@ def metric_label(config: Config, *, is_core: bool) -> str:
     """What the mean is called: CORE only where it is of all examples."""
     if not is_core:
         return NOTE
-    return "CORE" if config.max_per_task is None else f"CORE of {config.max_per_task} a task"
+    return CORE if config.max_per_task is None else f"{CORE} of {config.max_per_task} a task"
 
 
 def evaluate(config: Config, model: LoadedModel, tasks: Sequence[Task]) -> list[TaskResult]:
@@ -148,6 +155,12 @@ def load_published(bundle: Path) -> dict[str, dict[str, float]]:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(file)][1:]
             found[name] = {row[0]: float(row[1]) for row in rows if row[1]}
     return found
+
+
+def holds_core(path: Path) -> bool:
+    """Whether what `write_csv` has left there is of all examples."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return bool(lines) and lines[-1].startswith(f"{CORE},")
 
 
 def write_csv(path: Path, results: Sequence[TaskResult], label: str, metric: float) -> None:

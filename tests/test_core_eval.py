@@ -302,6 +302,28 @@ def test_accuracy_is_centred_on_guessing_and_the_metric_is_the_mean_of_that(toke
     assert core_metric([result, worse]) == pytest.approx((1 / 3 - 0.2) / 2)
 
 
+def test_a_choice_counts_by_the_mean_of_its_tokens_however_many_they_are(tokenizer):
+    """Of their sum, the shortest choice would win. There are no more examples than there are."""
+
+    class AllAlike:
+        config = GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size)
+        devices = ONE_DEVICE
+
+        def score(self, inputs, targets):
+            likelier = np.arange(len(inputs))[:, None] == 1  # by a little: the long choice
+            return np.where(likelier, 0.9, 1.0) * np.ones(inputs.shape), targets
+
+    long = {
+        **CHOICE,
+        "choices": ["no", "a much longer answer than any other", "yes", "so"],
+        "gold": 1,
+    }
+    result = evaluate_task(
+        AllAlike(), tokenizer, task_of("multiple_choice", [long]), max_examples=9, batch_tokens=256
+    )
+    assert (result.examples, result.accuracy) == (1, 1.0)
+
+
 def test_only_the_mean_of_all_examples_is_called_core():
     def label(words, *, is_core):
         return base_eval.metric_label(cli.parse(base_eval.Config, words), is_core=is_core)
@@ -383,6 +405,26 @@ def test_the_report_says_which_model_has_been_judged(backend, tokenizer, base_di
     (section,) = Report(base_dir).sections()
     assert section.figures.keys() == {"CORE"}
     assert subject_of(section) == Subject("base", "mini", "f00d", 7)
+
+
+def test_an_estimate_does_not_take_the_place_of_core(
+    backend, tokenizer, base_dir, tmp_path, capsys
+):
+    """A quick look took the point from the miniseries' plot, which measures nothing twice."""
+    tokenizer.save(base_dir / "tokenizer")
+    store = CheckpointStore(stage_directory("base", "mini"))
+    store.save(7, backend, {"tokenizer": tokenizer.fingerprint})
+    store.finish()
+    write_bundle(tmp_path)
+    figures = []
+    for words in (["--max-per-task", "1"], [], ["--max-per-task", "1"]):
+        base_eval.main(cli.parse(base_eval.Config, ["--bundle", str(tmp_path), *words]))
+        (section,) = Report(base_dir).sections()
+        figures.append(list(section.figures))
+    assert figures == [["CORE of 1 a task"], ["CORE"], ["CORE"]]
+    assert "Not in the report" in capsys.readouterr().out
+    rows = (store.path(7) / "base_eval.csv").read_text().splitlines()
+    assert rows[-1].startswith("CORE,")
 
 
 class Documentation(Corpus):

@@ -6,8 +6,18 @@ import sys
 
 import jax
 import pytest
+from jaxlib import xla_client
 
 from jaxchat import devices
+
+
+@pytest.mark.parametrize("given", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_share_of_memory_by_either_name_is_what_jax_takes(given, monkeypatch):
+    """Of both names at once it makes an error, and no GPU."""
+    for environment, share in (({}, 0.92), ({given: "0.5"}, 0.5)):
+        monkeypatch.setattr(os, "environ", environment)
+        devices.claim_memory()
+        assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == share
 
 
 def test_an_option_that_this_xla_lacks_is_left_out_and_told_once(capsys):

@@ -390,12 +390,13 @@ def test_samples_of_one_prompt_differ_from_their_first_token_on():
         assert alone.ids == together[row].ids
 
 
-def test_the_engine_says_what_the_model_says():
-    request = replace(requests(5)[4], params=replace(SAMPLED, max_tokens=3))
+@pytest.mark.parametrize("row", [0, 3])
+def test_the_engine_says_what_the_model_says(row):
+    request = replace(requests(5)[4], params=replace(SAMPLED, max_tokens=3), row=row)
     (got,) = real_engine().complete([request])
     ids = list(request.ids)
     for token, logprob in zip(got.ids, got.logprobs, strict=True):
-        uniform = sampling.uniform(SAMPLED.seed, 0, len(ids))
+        uniform = sampling.uniform(SAMPLED.seed, row, len(ids))
         logits = next_logits(ids)
         assert token == sampling.sample(logits, SAMPLED, uniform)
         assert logprob == pytest.approx(sampling.logprob(logits, token), abs=1e-4)

@@ -81,6 +81,7 @@ def start(world, base, count, *, devices, options=(), program=MODULE):
         }
         if count > 1:
             env |= {
+                "https_proxy": "http://127.0.0.1:9",  # to the internet; no process is met there
                 "JAXCHAT_COORDINATOR": f"127.0.0.1:{port}",
                 "JAXCHAT_PROCESS_COUNT": str(count),
                 "JAXCHAT_PROCESS_INDEX": str(index),

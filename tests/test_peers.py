@@ -139,8 +139,11 @@ LOST = [  # as gloo, NCCL, XLA's coordination service and torch word it
     "The following tasks are unhealthy (stopped sending heartbeats): task:1",
     "CANCELLED: Coordination service has stopped. RecordHeartbeat() from task: 0",
     "Socket Timeout",
+    "INTERNAL: CUDA error: Failed to synchronize: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC "
+    "error encountered",
 ]
 OWN = [
+    RuntimeError("INTERNAL: CUDA error: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"),
     RuntimeError("INVALID_ARGUMENT: Mosaic failed to compile the kernel"),
     RuntimeError("INTERNAL: ptxas exited with non-zero error code 65280"),
     RuntimeError("Array has been deleted with shape=float32[4]"),

@@ -2,20 +2,21 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxchat import optim, sharding
+from jaxchat import distributed, optim, sharding
 from jaxchat.config import OptimizerConfig, ScheduleConfig
 from jaxchat.jax_backend import JaxBackend
+from jaxchat.memory import REMAT
 from jaxchat.params import split
 from jaxchat.plan import plan_training
 from jaxchat.schedule import StepSchedule, schedule_at
-from jaxchat.train_step import TrainState, make_train_step
+from jaxchat.train_step import TrainState, loss_and_grads, make_train_step
 from tests.models import MODERN, make_perturbed
 
 CONFIG = replace(MODERN, n_layer=2)
@@ -53,6 +54,46 @@ def test_tensor_must_divide_the_heads():
 
 def mesh_of(sizes):
     return sharding.make_mesh(jax.devices()[: math.prod(sizes.values())], sizes)
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """A device, as far as a mesh looks: of a host that JAX takes for a slice of its own."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    device_kind: str = "NVIDIA H100"
+    platform: str = "gpu"
+
+
+def on_two_hosts(sizes):
+    return sharding.make_mesh([OnHost(i, i // 4, i // 4) for i in range(8)], sizes)
+
+
+def test_a_mesh_of_several_hosts_keeps_the_order_of_their_devices():
+    """`jax.make_mesh` refuses them: no run on two hosts with GPUs could start."""
+    mesh = on_two_hosts({"data": 2, "fsdp": 2, "tensor": 2})
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+def test_a_row_of_a_batch_stays_on_a_host():
+    """Two would fill it with different tokens, without a word."""
+    distributed.check_rows_are_local(on_two_hosts({"data": 2, "tensor": 4}))
+    distributed.check_rows_are_local(on_two_hosts({"fsdp": 8}))
+    with pytest.raises(ValueError, match=r"tensor=8 .* a row must stay within a process"):
+        distributed.check_rows_are_local(on_two_hosts({"tensor": 8}))
+
+
+@pytest.mark.parametrize(("count", "index", "rank"), [(2, 0, None), (1, 0, "1")])
+def test_processes_of_which_no_launcher_has_told_are_refused(monkeypatch, count, index, rank):
+    """Every one of them took itself for the first; or, told by a stray RANK, none did."""
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match="set JAXCHAT_COORDINATOR"):
+        distributed.check_joined()
 
 
 def placed_bytes(tree):
@@ -118,7 +159,7 @@ def test_orthogonalisation_stays_on_its_device(compiled):
 
 def test_optimizer_state_is_never_gathered(compiled):
     """What is gathered is one update for each table and each stack, and weights where fsdp cuts
-    them: forward and, since they are not kept, backward. Moments would come on top."""
+    them: forward and backward. Moments would come on top."""
     sizes, lines = compiled
     _, params = split(make_perturbed(CONFIG))
     tables = [x for n, x in params.items() if x.ndim == 2 and not n.startswith("h.")]
@@ -128,6 +169,51 @@ def test_optimizer_state_is_never_gathered(compiled):
     for_use = [line for line in gathers if "/shard_map/" in line]
     assert len(for_use) <= 2 * len(cut)
     assert len(gathers) - len(for_use) <= updates
+
+
+def gradients_of(mesh, remat):
+    graphdef, _ = split(make_perturbed(CONFIG))
+    return lambda params, batch: loss_and_grads(graphdef, params, batch, mesh, remat=remat)
+
+
+def operations(mesh, remat):
+    """How often a gradient gathers and multiplies, and what it sends to the host."""
+    _, params = split(make_perturbed(CONFIG))
+    ids = jnp.zeros((1, 8, 64), jnp.int32)
+    text = str(jax.make_jaxpr(gradients_of(mesh, remat))(params, (ids, ids, None)))
+    wanted = (r"= all_gather\[", r"= dot_general\[", "<host>")
+    return tuple(len(re.findall(pattern, text)) for pattern in wanted)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+def test_blocks_gather_their_weights_twice_and_save_what_they_save_elsewhere(sizes, remat):
+    """Kept from the first time, whole weights would be where `fsdp` is to divide them; and
+    `--remat` did nothing there. Counted before XLA, which on a CPU merges both times again."""
+    mesh = mesh_of(sizes)
+    _, params = split(make_perturbed(CONFIG))
+    cut = [n for n, x in params.items() if "fsdp" in sharding.weight(mesh, n, x.shape)]
+    in_blocks = sum(name.startswith("h.") for name in cut)
+    assert in_blocks > 10
+    gathers, *others = operations(mesh, remat)
+    assert gathers == len(cut) + in_blocks
+    assert others == list(operations(mesh_of({"data": 2}), remat)[1:])
+
+
+@pytest.mark.parametrize("remat", ["none", "offload"])
+def test_divided_weights_have_the_gradients_of_whole_ones(remat):
+    rng = np.random.default_rng(0)
+    _, params = split(make_perturbed(CONFIG))
+    ids = jnp.asarray(rng.integers(0, CONFIG.vocab_size, (1, 4, 64)), jnp.int32)
+    batch = (ids, jnp.roll(ids, -1, axis=-1), None)
+    alone = jax.jit(gradients_of(mesh_of({"data": 1}), "none"))(params, batch)
+    divided = jax.jit(gradients_of(mesh_of({"fsdp": 2, "tensor": 2}), remat))(params, batch)
+    assert float(divided[0]) == pytest.approx(float(alone[0]), rel=1e-6)
+    for name, expected in alone[1].items():
+        # a scalar's gradient is one sum over every activation, whose terms cancel
+        relative, absolute = (1e-4, 1e-7) if expected.size == 1 else (1e-5, 0)
+        bound = absolute + relative * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(divided[1][name], expected, atol=bound, err_msg=name)
 
 
 def test_gradients_travel_to_their_stack_by_all_to_all(compiled):

@@ -63,6 +63,21 @@ def test_replies_are_those_of_one_device(mesh, slots):
             assert [id for id, _ in mine] == [id for id, _ in theirs]
 
 
+def test_a_prompt_goes_on_in_its_row_on_its_device():
+    """Beside others there: rows are numbered through, and a device counts its own from 0."""
+    texts = [list(tokenizer().encode(text)) for text in ("one fox", "a dog", "some cat", "7+8 = ")]
+    logits = []
+    for model in (backend(), on("data=2,fsdp=2,tensor=2")):
+        made, found = model.new_cache(16, CONTEXT), []
+        for row, ids in enumerate(texts, start=4):  # those of the second share
+            made, _ = model.prefill(made, row, np.array(ids, np.int32), 0)
+        for row, ids in enumerate(texts, start=4):
+            made, seen = model.prefill(made, row, np.array(texts[0], np.int32), len(ids))
+            found.append(seen)
+        logits.append(found)
+    np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
+
+
 def test_every_device_holds_its_own_rows():
     """As many as there are devices at least; those behind the last slot stay empty."""
     for rows, own in [(1, 1), (8, 1), (9, 2), (32, 4)]:

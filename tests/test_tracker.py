@@ -59,7 +59,7 @@ def test_a_guest_that_fails_is_dropped_and_the_file_goes_on(tmp_path, capsys):
 
 def test_a_guest_that_cannot_start_is_no_reason_not_to_train(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert open_guests(wandb_run="x", tensorboard=None, config={}) == []
+    assert open_guests(wandb_run="x", run_id="f00d", tensorboard=None, config={}) == []
     said = capsys.readouterr().out
     assert "training goes on without it" in said
     assert "`uv sync --extra track` installs it" in said
@@ -81,14 +81,15 @@ def test_wandb_is_offline_only_without_a_login_and_says_so(
         (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password key\n")
     elif login:
         monkeypatch.setenv(login, "online")
-    assert len(open_guests(wandb_run="x", tensorboard=None, config={})) == 1
+    assert len(open_guests(wandb_run="x", run_id="f00d", tensorboard=None, config={})) == 1
     assert asked["mode"] == mode
+    assert (asked["id"], asked["resume"]) == ("f00d", "allow"), "one run, however often it resumes"
     assert ("wandb has no key" in capsys.readouterr().out) == (mode == "offline")
 
 
 def test_nobody_asked_means_no_guest():
-    assert open_guests(wandb_run=None, tensorboard=None, config={}) == []
-    assert open_guests(wandb_run="dummy", tensorboard=None, config={}) == []
+    assert open_guests(wandb_run=None, run_id="f00d", tensorboard=None, config={}) == []
+    assert open_guests(wandb_run="dummy", run_id="f00d", tensorboard=None, config={}) == []
 
 
 def test_what_is_not_finite_is_null_in_the_file_and_nan_again_when_read(tmp_path):
