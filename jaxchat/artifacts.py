@@ -6,6 +6,7 @@ renamed when size and hash are right. Left out: what to download (`scripts.data_
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import math
@@ -19,16 +20,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import MaxRetryError
 
 CHUNK_BYTES = 1 << 20
 
 RETRIES = 6
 """Attempts after the first; a transfer that gains ground does not use them up."""
+
+UNREACHED_RETRIES = 2
+"""Those of a question to the hub where no connection comes about: who is offline, or is refused, is
+told after three to six seconds of pauses."""
+
+CLAIM_WAIT_SECONDS = 120.0
+"""How long another machine's claim is waited for: an NFS server keeps the locks of a node that has
+vanished until its lease ends, which is 90 seconds on Linux."""
+
+CLAIM_PAUSE_SECONDS = 2.0
+"""Between two attempts to take such a claim."""
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What `flock` says where a file system has none, as Lustre mounted without `-o flock`."""
 
 FINAL_STATUS = {
     401: "it needs a login: set HF_TOKEN",
@@ -108,26 +125,16 @@ def claim(
 
     One that holds nothing else then is removed: who was refused leaves no trace.
     OSError, with a `remedy`, when another process owns it under the same `name`, or when it cannot
-    be written to. The system frees a killed owner's claim, so none is ever stale.
+    be written to. The system frees a killed owner's claim at once, and that of a machine that has
+    died later or never: another machine's is waited for, `CLAIM_WAIT_SECONDS` at most. Where the
+    file system has no locks, a warning says that nothing is claimed.
     """
     path = directory / name
-    with _writing_to(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # removed by its owner since it was opened
-        except BlockingIOError:
-            file.seek(0)
-            raise OSError(
-                f"{directory} is in use by {file.read() or 'another process'}: wait for it, stop "
-                f"it, or {remedy}"
-            ) from None
+    with _take(path, remedy) as file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {_here()}")
         file.flush()
+        os.fsync(file.fileno())  # so that other machines can read it
         try:
             yield
         finally:
@@ -137,13 +144,84 @@ def claim(
                     directory.rmdir()
 
 
+def _take(path: Path, remedy: str) -> IO[str]:
+    """A claim's file, which is this process's own until it is closed; errors as in `claim`."""
+    deadline = None
+    while isinstance(taken := _try_to_take(path), str):
+        busy = f"{path.parent} is in use by {taken or 'another process'}"
+        remedies = f"wait for it, stop it, or {remedy}"
+        if not taken or taken.endswith(f" on {_here()}"):
+            raise OSError(f"{busy}: {remedies}")
+        if deadline is None:
+            deadline = time.monotonic() + CLAIM_WAIT_SECONDS
+            print(f"{busy}: waiting, should that machine be gone, for its claim to end", flush=True)
+        if time.monotonic() >= deadline:
+            raise OSError(
+                f"{busy}: {remedies}; if that machine has died, delete {path}: that frees its claim"
+            )
+        time.sleep(CLAIM_PAUSE_SECONDS)
+    return taken
+
+
+def _try_to_take(path: Path) -> IO[str] | str:
+    """A claim's file, locked; or what its owner, where another process is it, has written there.
+
+    Opened anew each time, as its owner or a person may have removed the file meanwhile.
+    """
+    with _writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(file)
+        try:
+            _flock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # removed by its owner since it was opened
+        except BlockingIOError:
+            file.seek(0)
+            return file.read()
+        closing.pop_all()
+        return file
+
+
+def _here() -> str:
+    """This machine until its next start, by which name another may go then."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return f"{socket.gethostname()} (boot {boot[:8]})"
+    return socket.gethostname()
+
+
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold `path`.lock against other processes of this machine; waits for them."""
+    """Hold `path`.lock against other processes of this machine; waits for them.
+
+    Where the file system has no locks, a warning says that nothing is held.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _flock(file, path, fcntl.LOCK_EX)
         yield
+
+
+def _flock(file: IO[str], path: Path, how: int) -> None:
+    """Lock a file in the folder of `path`, unless nothing can be locked there."""
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn_without_locks(path.parent, error.strerror)
+
+
+@cache
+def _warn_without_locks(directory: Path, why: str) -> None:
+    """Once a folder."""
+    print(
+        f"warning: files in {directory} cannot be locked ({why}): see to it that no two processes "
+        "write there at once, or have the file system mounted with locks (Lustre: -o flock)",
+        flush=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +272,11 @@ def hub_folder(repo: str, folder: str, *, timeout: float = 30.0) -> dict[str, Re
 
 
 def _ask_hub(method: str, url: str, timeout: float) -> requests.Response:
-    """A good answer, waited for as long as a busy hub wants; errors as in `hub_file`."""
+    """A good answer, waited for as long as a busy hub wants; errors as in `hub_file`.
+
+    What is lost on the way is asked for again as in `download`, a hub that cannot be reached only
+    `UNREACHED_RETRIES` times.
+    """
     attempt = 1
     while True:
         try:
@@ -205,13 +287,26 @@ def _ask_hub(method: str, url: str, timeout: float) -> requests.Response:
             return answer
         except _Final as error:
             raise FileNotFoundError(str(error)) from error
-        except requests.RequestException as error:
-            raise OSError(f"{url} cannot be reached: {error}") from error
-        except _Retry as error:
+        except ValueError as error:
+            raise OSError(f"{url} cannot be asked: {error}; check HF_ENDPOINT") from error
+        except (requests.RequestException, _Retry) as error:
+            unreached = _why_unreached(error)
+            if unreached is not None and attempt > UNREACHED_RETRIES:
+                raise OSError(
+                    f"{url} cannot be reached: {unreached}; check the network and HF_ENDPOINT"
+                ) from error
             if attempt > RETRIES:
                 raise OSError(f"{url} failed {attempt} times, last with: {error}") from error
             _pause(error, attempt)
             attempt += 1
+
+
+def _why_unreached(error: Exception) -> Exception | None:
+    """Why there was no connection; None where there was one.
+
+    urllib3 has a MaxRetryError for that alone, as requests lets it try nothing twice.
+    """
+    return next((each.reason for each in error.args if isinstance(each, MaxRetryError)), None)
 
 
 def download(

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,8 @@ class Corpus(ABC):
 
     keeps_all: bool
     """Whether documents longer than a row are read to their end: hub sets have more than enough."""
+    shards: tuple[str, ...] | None = None
+    """Files of a set that may grow, by their paths in its folder; None of any other corpus."""
 
     def __init__(self, name: str, fingerprint: str, *, keeps_all: bool = False) -> None:
         self.name, self.fingerprint, self.keeps_all = name, fingerprint, keeps_all
@@ -102,9 +104,10 @@ class ParquetCorpus(Corpus):
         files: Mapping[str, tuple[Path, ...]],
         *,
         keeps_all: bool = False,
+        shards: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__(name, fingerprint, keeps_all=keeps_all)
-        self._files = files
+        self._files, self.shards = files, shards
 
     def groups(self, split: str) -> list[tuple[int, int, int]]:
         found = []
@@ -156,16 +159,18 @@ def default_corpus() -> str:
     return found[0] if found else "embedded"
 
 
-def open_corpus(name: str) -> Corpus:
+def open_corpus(name: str, *, shards: Sequence[str] | None = None) -> Corpus:
     """A corpus by name (climbmix, fineweb-edu, embedded) or by the path of a folder or a file.
 
-    A folder is read with all folders in it, and holds either parquet files or texts. Errors name
+    A folder is read with all folders in it, and holds either parquet files or texts. With the
+    `shards` of a corpus opened earlier it is that one again, whatever files have come since; where
+    one of them is gone, all that are there are read, and the fingerprint is another. Errors name
     what is missing and the command that fetches it.
     """
     if name == "embedded":
         return _open_embedded()
     if name in HUB_DATASETS:
-        return _open_hub(HUB_DATASETS[name])
+        return _open_hub(HUB_DATASETS[name], shards)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix in (".parquet", *TEXT_SUFFIXES):
         return TextCorpus(path)
@@ -177,7 +182,7 @@ def open_corpus(name: str) -> Corpus:
         )
     files = tuple(_files_below(path, (".parquet",)))
     if files:
-        return _open_parquet_folder(path, files)
+        return _open_parquet_folder(path, _as_before(path, files, shards))
     _say_unread(path, TEXT_SUFFIXES)
     return TextCorpus(path)
 
@@ -189,12 +194,13 @@ def _open_embedded() -> Corpus:
     return ParquetCorpus("embedded", manifest["sha256"][:16], files)
 
 
-def _open_hub(dataset: HubDataset) -> Corpus:
-    train = tuple(
+def _open_hub(dataset: HubDataset, shards: Sequence[str] | None) -> Corpus:
+    present = tuple(
         path
         for path in sorted(dataset.directory.glob("shard_*.parquet"))
         if path.name != dataset.filename(dataset.last_shard)
     )
+    train = _as_before(dataset.directory, present, shards)
     val = dataset.directory / dataset.filename(dataset.last_shard)
     if not train or not val.exists():
         raise ValueError(
@@ -202,9 +208,10 @@ def _open_hub(dataset: HubDataset) -> Corpus:
             f"{'the' if val.exists() else 'no'} validation shard; fetch them with "
             f"python -m scripts.data_download --dataset {dataset.name} -n 8"
         )
-    names = " ".join(path.name for path in train)
-    fingerprint = hashlib.sha256(f"{dataset.repo} {names}".encode()).hexdigest()[:16]
-    return ParquetCorpus(dataset.name, fingerprint, {"train": train, "val": (val,)})
+    names = tuple(path.name for path in train)
+    fingerprint = hashlib.sha256(f"{dataset.repo} {' '.join(names)}".encode()).hexdigest()[:16]
+    split = {"train": train, "val": (val,)}
+    return ParquetCorpus(dataset.name, fingerprint, split, shards=names)
 
 
 def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
@@ -224,7 +231,26 @@ def _open_parquet_folder(directory: Path, files: tuple[Path, ...]) -> Corpus:
     facts = " ".join(f"{name}:{size}" for name, size in sizes.items())
     fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
     split = {"train": files[:-1], "val": files[-1:]}
-    return ParquetCorpus(str(directory), fingerprint, split, keeps_all=True)
+    return ParquetCorpus(str(directory), fingerprint, split, keeps_all=True, shards=tuple(sizes))
+
+
+def _as_before(
+    directory: Path, files: tuple[Path, ...], shards: Sequence[str] | None
+) -> tuple[Path, ...]:
+    """Those files of a folder that `shards` names, in their order; all, unless all these are there.
+
+    What is left out is told, and what is gone.
+    """
+    if shards is None:
+        return files
+    there, wanted = {path.relative_to(directory).as_posix(): path for path in files}, set(shards)
+    if gone := sorted(wanted - there.keys()):
+        print0(f"gone from {directory}: {len(gone):,} files, of which {gone[0]} is the first")
+        return files
+    kept = tuple(path for name, path in there.items() if name in wanted)
+    if added := len(files) - len(kept):
+        print0(f"not read in {directory}: {added:,} of {len(files):,} files, which have come since")
+    return kept
 
 
 def _check_parquet(path: Path) -> None:

@@ -103,13 +103,14 @@ def main(config: Config) -> None:
 def corpus_for(config: Config, meta: Mapping[str, Any]) -> Corpus:
     """The corpus asked for, else the one in a pretraining's options, else what is there.
 
-    `meta` is the checkpoint's. ValueError where the corpus is gone.
+    That of the pretraining is read as it was then, whatever files have come since. `meta` is the
+    checkpoint's. ValueError where the corpus is gone.
     """
     trained_on = (meta.get("config") or {}).get("corpus")
-    if config.corpus or not trained_on:
+    if not trained_on or config.corpus not in (None, trained_on):
         return open_corpus(config.corpus or default_corpus())
     try:
-        return open_corpus(trained_on)
+        return open_corpus(trained_on, shards=meta.get("shards"))
     except ValueError as error:
         raise ValueError(
             f"{error} (the model was trained on it; name another with --corpus)"

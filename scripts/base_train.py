@@ -40,7 +40,7 @@ from jaxchat.report import Report, model_facts
 from jaxchat.schedule import schedule_at
 from jaxchat.spikes import SpikeRule
 from jaxchat.stage_run import begin, carry_out, greedy_replies
-from jaxchat.stages import Resume, check_new_tag, how_to_talk, stage_directory
+from jaxchat.stages import Resume, check_new_tag, how_to_talk, recorded, stage_directory
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import METRICS, read_metrics
 from jaxchat.training_report import training_parts
@@ -185,7 +185,7 @@ def train(config: Config, store: CheckpointStore) -> None:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     shape = shape_of(config, tokenizer.vocab_size)
     backend = backend_class(config.backend)(shape, mesh=config.mesh)
-    corpus = open_corpus(config.corpus or default_corpus())
+    corpus = corpus_of(config, store, backend)
     optimizer, schedule = optimizer_of(config), schedule_of(config)
     plan = plan_of(config, backend.config, optimizer)
     batches_of(config, backend, plan, config.device_batch_size or 1)  # ValueError if none will do
@@ -223,7 +223,7 @@ def train(config: Config, store: CheckpointStore) -> None:
         started=started,
         open_loader=partial(train_loader, config, corpus, tokenizer, plan, backend),
         schedule=lambda step: schedule_at(step, schedule, plan),
-        meta=facts,
+        meta={**facts, "shards": corpus.shards},
         config=asdict(config),
         resume=config.resume,
         run=config.run,
@@ -248,6 +248,15 @@ def shape_of(config: Config, vocab_size: int) -> GPTConfig:
         window_pattern=config.window_pattern,
         preset=config.preset,
     )
+
+
+def corpus_of(config: Config, store: CheckpointStore, backend: Backend) -> Corpus:
+    """What is read; by a run that goes on, of shards those that it began with.
+
+    More may have been downloaded since, which would put all documents into another order.
+    """
+    shards = recorded(store, backend, "shards", resume=config.resume)
+    return open_corpus(config.corpus or default_corpus(), shards=shards)
 
 
 def optimizer_of(config: Config) -> OptimizerConfig:

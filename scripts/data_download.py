@@ -31,7 +31,7 @@ from jaxchat import cli
 from jaxchat.artifacts import Remote, base_dir, download, file_sha256, hub_file, hub_folder
 from jaxchat.dataset import HUB_DATASETS, HubDataset, open_corpus
 from jaxchat.report import KeyValues, Report
-from jaxchat.tasks.hub import HUB_SETS
+from jaxchat.tasks.hub import HUB_SETS, missing_sets
 from jaxchat.tasks.words import WORDS_URL, words_path
 from jaxchat.threads import stoppable
 
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     items = [] if config.dataset == "embedded" else shards(config)
     if config.all:
         items.append(Item("eval_bundle.zip", base_dir() / "eval_bundle.zip", url=EVAL_BUNDLE_URL))
-        items += task_sets()
+        items += task_sets(verify=config.verify)
     if items:
         fetch(items, config, console)
     if config.all:
@@ -112,10 +112,14 @@ def shards(config: Config) -> list[Item]:
     return [Item(name, dataset.directory / name, repo=dataset.repo) for name in names]
 
 
-def task_sets() -> list[Item]:
-    """The files of the chat tasks' sets and the word list."""
+def task_sets(*, verify: bool) -> list[Item]:
+    """The word list, and the files of the chat tasks' sets.
+
+    Unless they are to be verified, sets that are complete here are left out: only the hub can say
+    what files they have, and it may be out of reach.
+    """
     items = [Item(words_path().name, words_path(), url=WORDS_URL)]
-    for hub_set in HUB_SETS.values():
+    for hub_set in (HUB_SETS[name] for name in (HUB_SETS if verify else missing_sets())):
         listed = hub_folder(hub_set.repo, hub_set.folder)
         wanted = [name for name in sorted(listed) if hub_set.wants(name)]
         if not wanted:

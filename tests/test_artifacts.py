@@ -1,9 +1,13 @@
 """Downloads against a real server that misbehaves in every way we could think of."""
 
+import errno
 import hashlib
 import itertools
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -22,6 +26,8 @@ from jaxchat.artifacts import (
     hub_file,
     hub_url,
 )
+from jaxchat.tasks.hub import HUB_SETS
+from jaxchat.tasks.words import words_path
 from scripts import data_download
 
 BODY = bytes(itertools.islice(itertools.cycle(range(251)), 300_000))
@@ -38,7 +44,7 @@ class Server(ThreadingHTTPServer):
         self.script, self.requests, self.body, self.etag = [], [], BODY, '"v1"'
         self.slowly = 0.0
         self.refusals, self.silent = [], False
-        """What HEAD answers at first, and whether it keeps size and hash to itself."""
+        """What HEAD answers at first (None: nothing), and whether it keeps size and hash back."""
 
     @property
     def url(self):
@@ -53,7 +59,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.server.requests.append(dict(self.headers))
-        self.send_response(self.server.refusals.pop(0) if self.server.refusals else 200)
+        status = self.server.refusals.pop(0) if self.server.refusals else 200
+        if status is None:
+            self.close_connection = True
+            return
+        self.send_response(status)
         if not self.server.silent:
             self.send_header("X-Linked-Size", str(len(self.server.body)))
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.server.body).hexdigest()}"')
@@ -230,6 +240,61 @@ def test_a_busy_hub_is_asked_again_and_a_silent_one_is_no_proof(server, monkeypa
         hub_file("me/set", "a.parquet")
 
 
+@pytest.fixture
+def pauses(monkeypatch):
+    """Nobody really waits; how often and how long somebody would have."""
+    waited = []
+    monkeypatch.setattr(artifacts.time, "sleep", waited.append)
+    return waited
+
+
+def test_a_connection_that_breaks_or_falls_silent_is_tried_again(server, monkeypatch, pauses):
+    """One of 150 questions to the hub ended a night's sweep."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.refusals = [None, 503, None, None]
+    assert hub_file("me/set", "a.parquet").sha256 == SHA256
+    assert len(pauses) == 4
+    request, silences = artifacts.requests.request, [True, True]
+
+    def silent(*args, **options):
+        if silences and silences.pop():
+            raise artifacts.requests.ReadTimeout("read timed out")
+        return request(*args, **options)
+
+    monkeypatch.setattr(artifacts.requests, "request", silent)
+    assert hub_file("me/set", "a.parquet").sha256 == SHA256
+    server.refusals = [None] * 20
+    with pytest.raises(OSError, match=r"failed 7 times, last with: .*without response"):
+        hub_file("me/set", "a.parquet")
+
+
+def test_who_is_offline_is_told_soon(monkeypatch, pauses):
+    """No such host, nobody who listens, and what is no address."""
+
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    resolve = {"hub.invalid": unknown, "127.0.0.1": socket.getaddrinfo}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: resolve[host](host, *rest))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        for host in (f"127.0.0.1:{nobody.getsockname()[1]}", "hub.invalid"):
+            monkeypatch.setenv("HF_ENDPOINT", f"http://{host}")
+            pauses.clear()
+            unreached = (
+                rf"http://{host}/\S+ cannot be reached: .*; check the network and HF_ENDPOINT"
+            )
+            with pytest.raises(OSError, match=unreached):
+                hub_file("me/set", "a.parquet")
+            assert len(pauses) == 2
+            assert sum(pauses) <= 6
+    monkeypatch.setenv("HF_ENDPOINT", "hub.invalid")
+    pauses.clear()
+    with pytest.raises(OSError, match=r"cannot be asked: .*; check HF_ENDPOINT"):
+        hub_file("me/set", "a.parquet")
+    assert not pauses
+
+
 @contextmanager
 def small_dataset(monkeypatch, last_shard=9):
     dataset = data_download.HubDataset("climbmix", "me/set", last_shard)
@@ -263,6 +328,54 @@ def test_the_script_fetches_shards_and_the_validation_shard(server, base_dir, mo
         assert "not verified, as nobody states size or hash: shard_00000.parq" in (
             capsys.readouterr().out
         )
+
+
+def test_what_is_there_is_asked_for_only_to_be_verified(base_dir, monkeypatch):
+    """A sweep on a node without internet stopped at its first stage, whose files were all there."""
+    import io
+    import zipfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    asked = []
+
+    def no_hub(repo, folder):
+        asked.append(folder)
+        return {f"{split}-00000-of-00001.parquet": None for split in ("train", "test")}
+
+    def no_network(*_, **__):
+        pytest.fail("it asked the network")
+
+    monkeypatch.setattr(artifacts.requests, "request", no_network)
+    monkeypatch.setattr(artifacts.requests, "get", no_network)
+    monkeypatch.setattr(data_download, "hub_folder", no_hub)
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one", "two"]}), sink)
+    for hub_set in HUB_SETS.values():
+        for split in hub_set.splits:
+            atomic_bytes(hub_set.directory / f"{split}-00000-of-00001.parquet", b"rows")
+    atomic_bytes(words_path(), b"word")
+    with zipfile.ZipFile(base_dir / "eval_bundle.zip", "w") as bundle:
+        bundle.writestr("eval_bundle/core.yaml", "tasks")
+    with small_dataset(monkeypatch) as dataset:
+        for shard in (0, 1, 9):
+            atomic_bytes(dataset.directory / dataset.filename(shard), sink.getvalue())
+        data_download.main(data_download.Config(num_shards=2, all=True))
+    assert not asked
+    (HUB_SETS["gsm8k"].directory / "test-00000-of-00001.parquet").unlink()
+    assert [item.path.parent.name for item in data_download.task_sets(verify=False)] == [
+        "words",
+        *["gsm8k"] * 2,
+    ]
+    assert asked == [HUB_SETS["gsm8k"].folder]
+    data_download.task_sets(verify=True)
+    assert asked[1:] == [hub_set.folder for hub_set in HUB_SETS.values()]
+
+
+def atomic_bytes(path, content):
+    with atomic_write(path, "wb") as file:
+        file.write(content)
 
 
 def test_the_script_keeps_what_came_and_names_what_did_not(server, base_dir, monkeypatch):
@@ -373,6 +486,110 @@ def test_a_claim_that_its_owner_removed_is_nobodys(tmp_path, monkeypatch, anothe
     monkeypatch.setattr(artifacts.fcntl, "flock", late)
     with pytest.raises(OSError, match="is in use by another process"), artifacts.claim(tmp_path):
         pytest.fail("it owns a file that is not there")
+
+
+LOCKER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+file.write(sys.argv[2])
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by(owner, path):
+    """Another process holds the claim, and has written who it is."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(path), owner],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.stdin.close()
+
+
+def while_waiting(monkeypatch, act, *, attempts=3):
+    """What happens at the one pause or the other, of a wait that lasts as long as some of them."""
+    now, pauses = [0.0], []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += artifacts.CLAIM_WAIT_SECONDS / attempts
+        act()
+
+    monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(artifacts.time, "sleep", sleep)
+    return pauses
+
+
+FAR = "process 7 on node3 (boot 00000000)"
+
+
+def test_a_claim_of_another_machine_is_waited_for(tmp_path, monkeypatch, capsys):
+    """Its server keeps that of a node that has vanished: the run that went on was refused."""
+    with held_by(FAR, tmp_path / ".claim") as process:
+
+        def let_go():
+            process.stdin.close()
+            process.wait()
+
+        pauses = while_waiting(monkeypatch, let_go)
+        with artifacts.claim(tmp_path):
+            assert artifacts._here() in (tmp_path / ".claim").read_text()
+    assert len(pauses) == 1
+    said = capsys.readouterr().out
+    assert said.count("waiting") == 1
+    assert said.startswith(f"{tmp_path} is in use by {FAR}: waiting")
+
+
+def test_deleting_the_file_frees_the_claim_of_a_machine_that_has_died(
+    tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / ".claim"
+    with held_by(FAR, path):
+        pauses = while_waiting(monkeypatch, lambda: None)
+        refused = rf"in use by process 7 on node3.*, or name this.*has died, delete {path}: that"
+        with pytest.raises(OSError, match=refused), artifacts.claim(tmp_path):
+            pytest.fail("two own it")
+        assert len(pauses) == 3
+        assert capsys.readouterr().out.count("waiting") == 1
+        while_waiting(monkeypatch, path.unlink)
+        with artifacts.claim(tmp_path):
+            assert path.read_text() == f"process {os.getpid()} on {artifacts._here()}"
+
+
+def test_a_claim_of_this_machine_is_not_waited_for(tmp_path, monkeypatch):
+    pauses = while_waiting(monkeypatch, lambda: None)
+    with (
+        held_by(f"process 7 on {artifacts._here()}", tmp_path / ".claim"),
+        pytest.raises(OSError, match=r"in use by process 7 .*--model-tag\)$"),
+        artifacts.claim(tmp_path),
+    ):
+        pytest.fail("two own it")
+    assert not pauses
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
+def test_where_nothing_can_be_locked_a_warning_says_so_once(tmp_path, monkeypatch, capsys, code):
+    """Lustre mounted without `-o flock` ended a run with "[Errno 38]"."""
+
+    def flock(*_):
+        number = getattr(errno, code)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", flock)
+    for _ in range(2):
+        with artifacts.claim(tmp_path), artifacts.lock(tmp_path / "file"):
+            (tmp_path / "file").touch()
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1
+    assert f"files in {tmp_path} cannot be locked ({os.strerror(getattr(errno, code))})" in said
 
 
 def test_a_base_directory_that_cannot_be_made_says_what_to_set(tmp_path, monkeypatch):

@@ -1,12 +1,22 @@
 """What pretraining reads, and when."""
 
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxchat import cli
+from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import GPTConfig
-from jaxchat.dataset import Corpus
+from jaxchat.dataset import HUB_DATASETS, Corpus, HubDataset
 from jaxchat.jax_backend import JaxBackend
 from jaxchat.tokenizer import Tokenizer
+from jaxchat.tracker import read_metrics
 from scripts import base_train
 
 
@@ -104,3 +114,61 @@ def test_a_batch_that_does_not_divide_leaves_no_folder(book, base_dir, wrong):
     with pytest.raises(ValueError, match="is not a multiple of"):
         base_train.main(config_of(book, **wrong))
     assert not list((base_dir / "base_checkpoints").iterdir())
+
+
+def write_shard(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = np.random.default_rng(seed).integers(0, 999, (40, 30))
+    pq.write_table(pa.table({"text": [" ".join(map(str, row)) for row in words]}), path)
+
+
+def test_a_run_goes_on_with_the_shards_that_it_began_with(base_dir, monkeypatch, capsys):
+    """More of them, downloaded meanwhile, made it another run's, which was refused."""
+    monkeypatch.setitem(HUB_DATASETS, "climbmix", HubDataset("climbmix", "me/set", 9))
+    monkeypatch.setattr(base_train, "sample", lambda *_: [])
+    hub = HUB_DATASETS["climbmix"]
+    Tokenizer([bytes([b]) for b in range(256)]).save(base_dir / "tokenizer")
+    for shard in (0, 2, 9):
+        write_shard(hub.directory / hub.filename(shard), shard)
+    sizes = {"num_iterations": 4, "device_batch_size": 1, "save_every": 2, "eval_every": 2}
+    config = config_of("climbmix", **sizes, eval_tokens=512)
+    base_train.main(config)
+    store = CheckpointStore(base_dir / "base_checkpoints" / "d1")
+    whole = rows_of(store)
+    assert store.steps() == [2, 4]
+    shutil.rmtree(store.path(4))
+    for shard in (1, 3):
+        write_shard(hub.directory / hub.filename(shard), shard)
+    base_train.main(config)
+    assert "continuing d1 at step 2" in capsys.readouterr().out
+    assert rows_of(store) == whole
+    assert store.read_meta(4)["shards"] == [hub.filename(0), hub.filename(2)]
+
+
+def test_a_checkpoint_of_before_shards_were_noted_goes_on_with_those_that_are_there(base_dir):
+    """And a run that starts anew reads them all."""
+    folder, alone = base_dir / "own", SimpleNamespace(gather=lambda value: [value])
+    store, config = CheckpointStore(base_dir / "d1"), config_of(folder)
+
+    def write_meta(**meta):
+        store.path(2).mkdir(parents=True, exist_ok=True)
+        (store.path(2) / "meta.json").write_text(json.dumps(meta))
+
+    for shard in range(2):
+        write_shard(folder / f"{shard}.parquet", shard)
+    before = base_train.corpus_of(config, store, alone)
+    write_meta(corpus=before.fingerprint)
+    assert base_train.corpus_of(config, store, alone).fingerprint == before.fingerprint
+    write_meta(corpus=before.fingerprint, shards=before.shards)
+    write_shard(folder / "2.parquet", 2)
+    assert base_train.corpus_of(config, store, alone).fingerprint == before.fingerprint
+    anew = base_train.corpus_of(replace(config, resume="never"), store, alone)
+    assert anew.shards == ("0.parquet", "1.parquet", "2.parquet")
+
+
+def rows_of(store):
+    """Losses by step, of training and of validation."""
+    return {
+        row["step"]: (row.get("train/loss"), row.get("val/bpb"))
+        for row in read_metrics(store.directory / "metrics.jsonl")
+    }

@@ -231,8 +231,49 @@ def test_a_folder_of_parquet_files_is_another_corpus_when_one_of_them_changes(tm
         write_shard(tmp_path / f"{i}.parquet", ["a", "b"])
     first = open_corpus(str(tmp_path)).fingerprint
     assert open_corpus(str(tmp_path)).fingerprint == first
+    shards = open_corpus(str(tmp_path)).shards
     write_shard(tmp_path / "0.parquet", ["a", "b", "a longer third one"])
     assert open_corpus(str(tmp_path)).fingerprint != first
+    assert open_corpus(str(tmp_path), shards=shards).fingerprint != first
+
+
+@pytest.mark.parametrize("hub", [True, False])
+def test_a_corpus_is_the_same_again_when_files_have_come_since(base_dir, capsys, hub):
+    """A run that went on after more shards had been downloaded was refused as another."""
+    folder = HUB_DATASETS["climbmix"].directory if hub else base_dir / "own"
+    name, last = ("climbmix", "shard_06542") if hub else (str(folder), "shard_00004")
+    for shard in ("shard_00000", "shard_00002", last):
+        write_shard(folder / f"{shard}.parquet", [f"{shard} {i}" for i in range(5)])
+    first = open_corpus(name)
+    again = json.loads(json.dumps(first.shards))
+    assert open_corpus(name, shards=again).fingerprint == first.fingerprint
+    assert capsys.readouterr().out == ""
+    for shard in ("shard_00001", "shard_00005"):
+        write_shard(folder / f"{shard}.parquet", ["new"])
+    assert open_corpus(name).fingerprint != first.fingerprint
+    same = open_corpus(name, shards=again)
+    total = 4 if hub else 5
+    assert f"not read in {folder}: 2 of {total} files, which have" in capsys.readouterr().out
+    assert (same.fingerprint, same.shards) == (first.fingerprint, first.shards)
+    for split in dataset.SPLITS:
+        assert same.groups(split) == first.groups(split)
+        assert texts_of(same, split) == texts_of(first, split)
+        assert "new" not in texts_of(same, split)
+    (folder / "shard_00002.parquet").unlink()
+    assert open_corpus(name, shards=again).fingerprint != first.fingerprint
+    assert "1 files, of which shard_00002.parquet is the first" in capsys.readouterr().out
+
+
+def test_the_shards_of_another_corpus_change_nothing(base_dir, tmp_path):
+    """It is refused by its fingerprint, as it would be by itself."""
+    for i in range(2):
+        write_shard(tmp_path / "own" / f"{i}.parquet", ["a", "b"])
+    own = open_corpus(str(tmp_path / "own"))
+    again = open_corpus(str(tmp_path / "own"), shards=["shard_00000.parquet"])
+    assert again.fingerprint == own.fingerprint
+    (tmp_path / "book.txt").write_text("a whole book. " * 2000)
+    book = open_corpus(str(tmp_path / "book.txt"), shards=own.shards)
+    assert (book.shards, open_corpus("embedded").shards) == (None, None)
 
 
 @pytest.fixture
