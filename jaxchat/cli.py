@@ -8,6 +8,7 @@ its traceback. This is the only module that knows tyro.
 
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -32,6 +33,10 @@ AGAIN_S = 0.1
 """After which a Ctrl-C that was dropped comes again."""
 
 NO_SPACE = ": make room, or let JAXCHAT_BASE_DIR name a larger disk; what is finished is kept"
+
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls but newline and tab, what turns the direction of writing, and what cannot be encoded.
+`str.isprintable` denies more, of which text is made: what joins emoji, and the newest of them."""
 
 arg = tyro.conf.arg
 """Annotate a field with a short flag: `Annotated[str, cli.arg(aliases=["-p"])]`."""
@@ -74,18 +79,23 @@ def run(main: Callable[[ConfigT], None], config_class: type[ConfigT]) -> None:
         if os.environ.get("JAXCHAT_TRACEBACK"):
             raise
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        print(f"error: {error}{NO_SPACE if full else ''}", file=sys.stderr)
+        print(f"error: {printable(str(error))}{NO_SPACE if full else ''}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error) or os.environ.get("JAXCHAT_TRACEBACK"):
             raise
-        print(f"error: memory ran out: {error}\n{LESS_MEMORY}", file=sys.stderr)
+        print(f"error: memory ran out: {printable(str(error))}\n{LESS_MEMORY}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.stdout.flush()
         # at once: what XLA still computes for an interpreter that ends as usual crashes it
         os._exit(EXIT_INTERRUPT)
+
+
+def printable(text: str) -> str:
+    """Somebody else's words, with nothing in them that drives a terminal."""
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 @contextmanager

@@ -221,7 +221,7 @@ class Session:
             if event.text and event.part != part:
                 print(LEAD[event.part], end="")
                 part = event.part
-            print(event.text, end="", flush=True)
+            print(cli.printable(event.text), end="", flush=True)
             reply.add(event)
             if self.ctrl_c.pressed:
                 print(" (stopped)", end="")

@@ -157,8 +157,11 @@ def server_settings(config: Config, model_name: str) -> ServerSettings:
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Keys from the file and from JAXCHAT_API_KEYS; ValueError for a file without any."""
-    keys = [key.strip() for key in os.environ.get("JAXCHAT_API_KEYS", "").split(",")]
+    """Keys from the file and from JAXCHAT_API_KEYS; ValueError where one of them holds none."""
+    named = os.environ.get("JAXCHAT_API_KEYS")
+    keys = [key.strip() for key in (named or "").split(",")]
+    if named is not None and not any(keys):
+        raise ValueError("JAXCHAT_API_KEYS is set and holds no API key: unset it to ask for none")
     if path is not None:
         lines = [line.strip() for line in path.read_text().splitlines()]
         if not any(lines):

@@ -251,7 +251,8 @@ def main(config: Config) -> None:
                 if spent := [f"{count:,} {what}" for what, count in writer.spent.items()]:
                     console.print(", ".join(spent))
             for reason, count in failures.most_common(SHOWN):
-                console.print(f"{count:,} given up after {ATTEMPTS} attempts: {reason}")
+                said = cli.printable(reason)  # some of it by the server
+                console.print(f"{count:,} given up after {ATTEMPTS} attempts: {said}")
     if not collection.numbers:
         raise ValueError(f"{config.model or 'the model'} wrote no conversation that can be used")
     console.print(

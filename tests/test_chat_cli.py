@@ -70,6 +70,16 @@ def test_turns_are_remembered_and_only_the_new_words_are_read(monkeypatch, capsy
     assert starts == [0, len(first) + len(script("I am here"))]
 
 
+def test_a_reply_shows_text_and_drives_no_terminal(capsys):
+    """It could write to the clipboard, set the title or hide what stands above it."""
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    chat = session(script(f"\x1b]52;c;ZXZpbA==\x07\x9b2J\rone\ttwo\n{family} e\u0301"))
+    chat.say("hello")
+    shown = f"\ufffd]52;c;ZXZpbA==\ufffd\ufffd2J\ufffdone\ttwo\n{family} e\u0301"
+    assert shown in capsys.readouterr().out
+    assert "\x1b" in chat.messages[-1]["content"][0]["text"]
+
+
 def test_a_tool_call_and_its_output_are_shown_and_remembered(capsys):
     call = script("<python_start>", "6*7", "<python_end>")
     output = script("<output_start>", "42", "<output_end>")

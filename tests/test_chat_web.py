@@ -53,6 +53,16 @@ def test_keys_come_from_a_file_and_the_environment_and_are_not_shown(tmp_path, m
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no API key"):
         settings(api_key_file=file)
+    file.write_text("five\n")
+    for nothing in ("", " , "):  # a variable of Compose that nobody has filled in
+        monkeypatch.setenv("JAXCHAT_API_KEYS", nothing)
+        for given in (None, file):
+            with pytest.raises(
+                ValueError, match=r"JAXCHAT_API_KEYS is set and holds no .* unset it"
+            ):
+                settings(api_key_file=given)
+    monkeypatch.delenv("JAXCHAT_API_KEYS")
+    assert settings(api_key_file=file).api_keys == ("five",)
 
 
 def test_values_out_of_range_are_named():

@@ -1,11 +1,14 @@
 """Command lines: every one that we print parses, and a wrong one is told what would be right."""
 
+import contextlib
 import errno
 import importlib
 import re
 import shlex
 import subprocess
 import sys
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import docstring_parser
@@ -257,6 +260,36 @@ def test_a_users_mistake_is_one_line_and_ours_a_traceback(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.run(fail(OSError(errno.ENOSPC, "No space left on device")), report.Config)
     assert "No space left on device: make room, or let JAXCHAT_BASE" in capsys.readouterr().err
+    for error in (
+        OSError("a server says \x1b]0;x\x07"),
+        RuntimeError("RESOURCE_EXHAUSTED: \x1b[2J"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.run(fail(error), report.Config)
+        assert "\x1b" not in capsys.readouterr().err
+
+
+def test_what_a_server_says_drives_no_terminal_either(tmp_path, capsys, monkeypatch):
+    from scripts import gen_synthetic_data as module
+
+    (tmp_path / "about").write_text("Ada")
+    monkeypatch.setattr(module, "connected", contextlib.nullcontext)
+    monkeypatch.setattr(module, "collect", lambda *_: Counter({"status 400: \x1b[2J": 3}))
+    config = module.Config(about=tmp_path / "about", output=tmp_path / "out", model="m")
+    with pytest.raises(ValueError, match="m wrote no conversation"):
+        module.main(config)
+    assert "status 400: \ufffd[2J" in capsys.readouterr().out
+
+
+def test_what_is_printable_is_all_but_what_drives_a_terminal():
+    texts = "a\tb\nc", "\u00a0\u3000", "e\u0301", "\u2764\ufe0f", "\u0645\u06cc\u200c\u062e"
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+    for text in (*texts, family, england, "\U0001fae9 of Unicode 16", "\u05d0\u200f!"):
+        assert cli.printable(text) == text
+    controls = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Cc", "Cs")]
+    for control in {*controls, *"\u2028\u2029\u202a\u202e\u2066\u2069"} - {"\n", "\t"}:
+        assert cli.printable(f"a{control}b") == "a\ufffdb"
 
 
 @pytest.mark.parametrize(

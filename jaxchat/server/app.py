@@ -71,7 +71,7 @@ def create_app(
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's client sends many of its own
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Should-Retry"],
         )
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app

@@ -13,7 +13,7 @@ from jaxchat.conversation import render_for_completion
 from jaxchat.request import Completion, Event
 from jaxchat.request import Request as EngineRequest
 from jaxchat.server import responses
-from jaxchat.server.errors import ApiError, AsciiJSON, documented
+from jaxchat.server.errors import ApiError, documented
 from jaxchat.server.logprobs import TokenLog, chat_entry
 from jaxchat.server.pool import Place
 from jaxchat.server.requests import ChatRequest, Message, Part
@@ -24,6 +24,7 @@ from jaxchat.server.service import (
     service_of,
     usage,
     while_connected,
+    whole_answer,
 )
 from jaxchat.server.sse import EventStream
 from jaxchat.tokenizer import Tokenizer
@@ -77,7 +78,9 @@ def _engine_request(service: Service, body: ChatRequest) -> EngineRequest:
         top_k=service.settings.top_k,
         top_logprobs=body.top_logprobs or 0,
     )
-    engine_request = EngineRequest(ids, params, n=body.n or 1)
+    n = body.n or 1
+    service.check_logprobs(n * params.max_tokens, params.top_logprobs if body.logprobs else None)
+    engine_request = EngineRequest(ids, params, n=n)
     service.check(engine_request, param="messages")
     return engine_request
 
@@ -165,7 +168,7 @@ class _Reply:
             }
             for completion in completions
         ]
-        return AsciiJSON({**self._head("chat.completion"), "choices": choices, **self._usage()})
+        return await whole_answer(self._head("chat.completion"), choices, self._usage())
 
     async def stream(self) -> AsyncGenerator[list[dict[str, Any]], None]:
         beginning = {"role": "assistant", "content": ""}

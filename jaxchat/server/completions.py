@@ -16,7 +16,7 @@ from jaxchat.request import Request as EngineRequest
 from jaxchat.sampling_params import SamplingParams
 from jaxchat.server import responses
 from jaxchat.server.chat import GENERATION_ERRORS, STREAMED
-from jaxchat.server.errors import ApiError, AsciiJSON
+from jaxchat.server.errors import ApiError
 from jaxchat.server.logprobs import CompletionLog, TokenLog
 from jaxchat.server.pool import Place
 from jaxchat.server.requests import CompletionRequest
@@ -27,6 +27,7 @@ from jaxchat.server.service import (
     service_of,
     usage,
     while_connected,
+    whole_answer,
 )
 from jaxchat.server.sse import EventStream
 
@@ -63,6 +64,12 @@ def _prompts(
     wanted = MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if not wanted and not body.echo:
         raise ApiError(400, "max_tokens=0 asks for nothing without echo.", param="max_tokens")
+    if body.add_special_tokens is False and any(isinstance(text, str) for text in texts):
+        raise ApiError(
+            400,
+            "A text begins with <|bos|>: send token ids to begin otherwise.",
+            param="add_special_tokens",
+        )
 
     def params() -> SamplingParams:
         """Of each prompt its own: equal ones differ, unless the request names a seed."""
@@ -75,7 +82,11 @@ def _prompts(
             top_logprobs=body.logprobs or 0,
         )
 
-    return [_prompt(service, text, params(), body.n or 1, wanted) for text in texts]
+    n = body.n or 1
+    prompts = [_prompt(service, text, params(), n, wanted) for text in texts]
+    shown = sum(wanted + (len(prompt.ids) if body.echo else 0) for prompt in prompts)
+    service.check_logprobs(n * shown, body.logprobs)
+    return prompts
 
 
 def _prompt(
@@ -122,7 +133,7 @@ class _Reply:
         finally:  # one that fails ends its siblings
             await _end(tasks)
         choices = [choice for group in groups for choice in group]
-        return AsciiJSON({**self._head(), "choices": choices, **self._usage()})
+        return await whole_answer(self._head(), choices, self._usage())
 
     async def _whole_prompt(self, number: int) -> list[dict[str, Any]]:
         """The choices of one prompt: its chunks, put together."""
@@ -148,48 +159,34 @@ class _Reply:
             yield [{**self._head(), "choices": [], **self._usage()}]
 
     async def _merged(self) -> AsyncGenerator[list[dict[str, Any]], None]:
-        """The chunks of all prompts as they come."""
-        chunks: asyncio.Queue[list[dict[str, Any]] | None] = asyncio.Queue()
+        """The chunks of all prompts as they come, of each one batch at a time.
 
-        async def forward(number: int) -> None:
-            async with contextlib.aclosing(self._prompt(number)) as batches:
-                async for batch in batches:
-                    chunks.put_nowait(batch)
-
-        tasks = [asyncio.ensure_future(forward(number)) for number in range(len(self.prompts))]
-        for task in tasks:
-            task.add_done_callback(lambda _: chunks.put_nowait(None))
+        What is not read is not asked for, so that the time of the request can run out meanwhile.
+        """
+        prompts = [self._prompt(number) for number in range(len(self.prompts))]
+        coming = {asyncio.ensure_future(anext(batches, None)): batches for batches in prompts}
         try:
-            ended = 0
-            while ended < len(tasks):
-                batch = await chunks.get()
-                if batch is not None:
-                    yield batch
-                    continue
-                ended += 1
-                for task in tasks:
-                    if task.done():
-                        task.result()  # raises where it has failed
+            while coming:
+                for task in (await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    batches = coming.pop(task)
+                    batch = task.result()  # raises where it has failed
+                    if batch is not None:
+                        yield batch
+                        coming[asyncio.ensure_future(anext(batches, None))] = batches
         finally:  # one that fails ends its siblings
-            await _end(tasks)
+            await _end([*coming])
+            for batches in prompts:
+                await batches.aclose()
 
     async def _prompt(self, number: int) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The chunks of one prompt; the first of each choice holds the echo."""
         request, n = self.prompts[number], self.body.n or 1
-        echoed, scores = "", None
-        if self.body.echo:
-            echoed = self._shown(list(request.ids))
-            if self.body.logprobs is not None:
-                scores = await self.service.pool.score_prompt(request.ids, self._place)
-        begun = [self._chunk(number * n + row, echoed) for row in range(n)]
-        if scores is not None:
-            for chunk in begun:
-                chunk["logprobs"] = self._prompt_log(list(request.ids), scores)
+        echo = await self._echo(number) if self.body.echo else []
+        start = len(echo[0]["text"]) if echo else 0
+        for chunk in echo:  # each on its own: it may be long
+            yield [chunk]
         if self.body.max_tokens == 0:
-            yield [{**chunk, "finish_reason": "length"} for chunk in begun]
             return
-        if self.body.echo:
-            yield begun
         logs = [TokenLog(self.service.tokenizer) for _ in range(n)]
         async with contextlib.aclosing(self.service.pool.run(request, self._place)) as batches:
             async for batch in batches:
@@ -198,11 +195,25 @@ class _Reply:
                     self._written += event.token is not None or event.stop_id is not None
                     chunk = self._chunk(number * n + event.row, event.text)
                     chunk["finish_reason"] = event.finish_reason
-                    chunk["logprobs"] = self._log(logs[event.row], event, len(echoed))
+                    chunk["logprobs"] = self._log(logs[event.row], event, start)
                     told = chunk["logprobs"] and chunk["logprobs"]["tokens"]
                     if event.text or event.finish_reason or told:
                         out.append(chunk)
                 yield out
+
+    async def _echo(self, number: int) -> list[dict[str, Any]]:
+        """A chunk with the prompt for each of its choices, which share what its log is made of."""
+        ids, n = list(self.prompts[number].ids), self.body.n or 1
+        lists: dict[str, list[Any]] = {}
+        if self.body.logprobs is not None:
+            scores = await self.service.pool.score_prompt(ids, self._place)
+            lists = await run_in_threadpool(self._prompt_log, ids, scores)
+        text = self._shown(ids)
+        chunks = [self._chunk(number * n + row, text) for row in range(n)]
+        for chunk in chunks:
+            chunk["finish_reason"] = "length" if self.body.max_tokens == 0 else None
+            chunk["logprobs"] = {name: [*values] for name, values in lists.items()} or None
+        return chunks
 
     def _log(self, log: TokenLog, event: Event, start: int) -> dict[str, Any] | None:
         if self.body.logprobs is None:
@@ -212,7 +223,7 @@ class _Reply:
             lists.add(shown, start + offset)
         return lists.lists
 
-    def _prompt_log(self, ids: list[int], scores: PromptScores) -> dict[str, Any]:
+    def _prompt_log(self, ids: list[int], scores: PromptScores) -> dict[str, list[Any]]:
         lists = CompletionLog(self.service.tokenizer, self.body.logprobs or 0)
         lists.add_prompt(ids, scores)
         return lists.lists

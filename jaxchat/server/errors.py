@@ -72,10 +72,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        final: bool = False,
     ) -> None:
+        """`final`: asking again, as OpenAI's clients do by themselves, would end the same way."""
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.final = retry_after_s, final
 
     def body(self) -> dict[str, Any]:
         detail = ErrorDetail(
@@ -87,6 +89,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
+        if self.final:
+            headers["X-Should-Retry"] = "false"
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return AsciiJSON(self.body(), self.status, headers)
@@ -101,7 +105,11 @@ class AsciiJSON(JSONResponse):
     """JSON in ASCII: half a surrogate pair, which UTF-8 cannot hold, is escaped like the rest."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=True, allow_nan=False).encode()
+        return ascii_json(content).encode()
+
+
+def ascii_json(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=True, allow_nan=False)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -48,6 +48,9 @@ DRAINED_BODIES = 4
 DRAIN_S = 3.0
 """And for no longer than this."""
 
+LOGGED_PATH = 100
+"""Characters of a path at most; a client may send 64 kB."""
+
 BODY_S = 30.0
 """What a client may take to send a body: a MB at 35 kB/s."""
 
@@ -70,6 +73,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         scope = {**scope, "path": scope["path"].rstrip("/") or "/"}  # /v1/models/ is /v1/models
+        method = scope["method"] if scope["method"] in HTTPMethod.__members__ else "(other)"
         start = time.perf_counter()
         status = 0
 
@@ -92,7 +96,7 @@ class Gate:
             try:
                 await self._app(scope, self._limited(receive), send_with_headers)
             except Exception:  # our own bug; the log has it, the client hears that there is one
-                log.exception("%s %r failed", scope["method"], scope["path"])
+                log.exception("%s %r failed", method, scope["path"][:LOGGED_PATH])
                 if not status:
                     error = ApiError(500, "The server failed; its log says more.")
                     await error.response()(scope, receive, send_with_headers)
@@ -103,7 +107,7 @@ class Gate:
             seconds = time.perf_counter() - start
             quiet = route is None and status < HTTPStatus.BAD_REQUEST  # the page's files
             level = logging.DEBUG if quiet else logging.INFO
-            log.log(level, "%s %s %d %.3fs", scope["method"], path, status, seconds)
+            log.log(level, "%s %s %d %.3fs", method, path, status, seconds)
 
     def _admit(self, scope: Scope) -> None:
         """ApiError for a request that goes no further."""

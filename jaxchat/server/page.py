@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from jaxchat.server.errors import CLIENT_LEFT
+from jaxchat.server.errors import CLIENT_LEFT, TYPES
 from jaxchat.server.markdown import render_all
 
 PAGE_DIR = Path(__file__).parent / "page"
@@ -71,6 +71,10 @@ MAX_MARKDOWN_TEXTS = 64
 RENDER_THREADS = 2
 """Requests rendered at once: rendering takes time from the thread that drives the engine."""
 
+MAX_WAITING = 16
+"""Requests that wait to be rendered, each with its texts in memory; nobody is asked for a key. The
+page shows plain text where it hears of more."""
+
 
 def page_routes() -> list[BaseRoute]:
     """`/`, `/page/NAME` for every file of the page, and `POST /page/markdown`."""
@@ -120,6 +124,8 @@ async def _markdown(limiter: anyio.CapacityLimiter, request: Request) -> Respons
         body += chunk
         if len(body) > MAX_MARKDOWN_BYTES:
             return _error(413, f"the body has more than {MAX_MARKDOWN_BYTES} bytes")
+    if limiter.statistics().tasks_waiting >= MAX_WAITING:
+        return _error(503, f"{MAX_WAITING} requests wait to be rendered already")
     try:
         texts = _texts(bytes(body))
     except ValueError as error:
@@ -146,5 +152,6 @@ def _texts(body: bytes) -> list[str]:
 
 def _error(status: int, message: str) -> Response:
     """An error with OpenAI's body."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    kind = TYPES.get(status, TYPES[400])
+    error = {"message": message, "type": kind, "param": None, "code": None}
     return JSONResponse({"error": error}, status_code=status, headers=HEADERS)

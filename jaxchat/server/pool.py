@@ -85,7 +85,7 @@ class Pool:
             raise ApiError(
                 503, f"The server is busy: {waiting} replies wait for a slot.", retry_after_s=2
             )
-        return Place(self, replies)
+        return Place(self, replies, deadline=self._clock() + self._timeout_s)
 
     def check(self, request: Request) -> None:
         """ValueError for a request that an engine would refuse."""
@@ -98,14 +98,12 @@ class Pool:
         stops. Closing the iterator frees the slots.
         """
         watch = self.metrics.watch(len(request.ids))
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self._timeout_s
         stream = self._least_busy().submit(request)
         place.give_up(request.n)  # the worker counts them from here on
         batches = stream.batches()
         try:
             while True:
-                left = deadline - clock()
+                left = place.deadline - self._clock()
                 if self._replying.over or left <= 0:  # it may have passed while a client read
                     raise TimeoutError
                 async with self._replying.limit(left):
@@ -129,7 +127,7 @@ class Pool:
     async def score_prompt(self, ids: Sequence[int], place: "Place") -> PromptScores:
         """Log-probabilities of a prompt; errors as in `run`. The place is kept for what follows."""
         try:
-            async with self._replying.limit(self._timeout_s):
+            async with self._replying.limit(place.deadline - self._clock()):
                 with place.lent():
                     return await self._least_busy().score_prompt(ids)
         except TimeoutError:
@@ -146,16 +144,18 @@ class Pool:
     def _too_late(self) -> ApiError:
         if self._replying.over:
             return stopping()
-        return ApiError(
-            503, f"The request took longer than {self._timeout_s:g} s.", retry_after_s=5
-        )
+        return ApiError(503, f"The request took longer than {self._timeout_s:g} s.", final=True)
+
+    def _clock(self) -> float:
+        return asyncio.get_running_loop().time()
 
 
 class Place:
     """Room for the replies of one request between its admission and its start; close it at last."""
 
-    def __init__(self, pool: Pool, replies: int) -> None:
-        self._pool, self._replies = pool, replies
+    def __init__(self, pool: Pool, replies: int, *, deadline: float) -> None:
+        """`deadline`: when the request must be done, by the event loop's clock."""
+        self._pool, self._replies, self.deadline = pool, replies, deadline
         pool.reserved += replies
 
     def give_up(self, replies: int) -> None:

@@ -25,6 +25,10 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Refused = Annotated[None, Field(description="Not supported: leave it out.")]
+# of what is refused, what clients send that mean nothing by it
+NoText = Annotated[str, Field(max_length=0)]
+NoList = Annotated[list[Any], Field(max_length=0)]
+NoObject = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Body(BaseModel):
@@ -40,7 +44,33 @@ class StreamOptions(Body):
     """Whether a last chunk counts the tokens."""
 
 
-class Sampling(Body):
+class ResponseFormat(Body):
+    """Only plain text is written."""
+
+    type: Literal["text"]
+
+
+class Refusals(Body):
+    """What other servers take for both kinds of generation, and this one does not."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: NoObject | None = None
+    guided_json: NoText | NoObject | None = None
+    guided_regex: NoText | None = None
+    guided_choice: NoList | None = None
+    guided_grammar: NoText | None = None
+    tools: NoList | None = None
+    stop_token_ids: NoList | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    min_tokens: Literal[0] | None = None
+    bad_words: NoList | None = None
+    allowed_token_ids: NoList | None = None
+    prompt_logprobs: Refused = None
+    truncate_prompt_tokens: Refused = None
+    use_beam_search: Literal[False] | None = None
+
+
+class Sampling(Refusals):
     """What both kinds of generation take."""
 
     model: str | None = None
@@ -115,12 +145,6 @@ class Message(Body):
     )
 
 
-class ResponseFormat(Body):
-    """Only plain text is written."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
@@ -128,10 +152,14 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: NoList | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    audio: Refused = None
+    web_search_options: Refused = None
+    echo: Literal[False] | None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
 
 
 class CompletionRequest(Sampling):
@@ -148,6 +176,9 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: Refused = None
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a text with <|bos|>; true, or token ids are sent."
+    )
 
 
 class TokenizeRequest(Body):

@@ -7,14 +7,13 @@ now and then, which clients skip: many a proxy cuts a connection on which nothin
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jaxchat.server.errors import ApiError
+from jaxchat.server.errors import ApiError, ascii_json
 
 T = TypeVar("T")
 
@@ -79,7 +78,7 @@ async def _next(batches: AsyncGenerator[T, None], send: Send) -> T | None:
 
 def document(content: dict[str, Any]) -> bytes:
     """One event. ASCII, so that nothing in it can end a line."""
-    return b"data: " + json.dumps(content, ensure_ascii=True, allow_nan=False).encode() + b"\n\n"
+    return f"data: {ascii_json(content)}\n\n".encode()
 
 
 async def _write(send: Send, body: bytes, *, more: bool = True) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxchat.server import markdown
 from jaxchat.server.markdown import (
     BUDGET_S,
     MAX_FORMATTED_CHARS,
@@ -100,6 +101,7 @@ def test_cells_are_aligned_without_inline_style():
         "`" * 50_000,
         "- " * 20_000,
         "|" * 50_000 + "\n" + "|-" * 25_000,
+        "|a|\n|-|\n" * (MAX_FORMATTED_CHARS // 8),  # 18 s
         "![[]()" * 10_000,
         "<" * 50_000,
         "```python\n" + "'" * 4 * MAX_HIGHLIGHTED_CHARS,
@@ -132,6 +134,13 @@ def test_a_request_gets_its_budget_of_time_and_no_more(text):
     assert time.thread_time() - start < 3 * BUDGET_S
     assert shown[-1] == "<pre>*last* &lt;b&gt;</pre>"
     assert render_all(["*last*"]) == ["<p><em>last</em></p>\n"]
+
+
+def test_a_table_behind_the_deadline_stays_text(monkeypatch):
+    times = iter([0.5, 0.5])
+    monkeypatch.setattr(markdown.time, "thread_time", lambda: next(times, 1.5))
+    row = "|a|\n|-|\n|b|\n"
+    assert to_html(f"{row}\n{row}", deadline=1.0).count("<table>") == 1
 
 
 @pytest.mark.parametrize(

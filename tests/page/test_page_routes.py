@@ -1,11 +1,18 @@
 """The page's files and endpoint as any HTTP client sees them."""
 
+import asyncio
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 
+import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from jaxchat.server import page
 from jaxchat.server.page import (
     CONTENT_SECURITY_POLICY,
     MAX_MARKDOWN_BYTES,
@@ -108,6 +115,30 @@ def test_markdown_comes_back_in_order(client):
     response = client.post("/page/markdown", json={"texts": ["*a*", "", "`b`"]})
     assert response.json() == {"html": ["<p><em>a</em></p>\n", "", "<p><code>b</code></p>\n"]}
     assert response.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+
+
+def test_few_requests_wait_to_be_rendered_and_the_rest_is_sent_away(monkeypatch):
+    """Nobody is asked for a key: memory grew with every request, its client gone or not."""
+    go = threading.Event()
+    monkeypatch.setattr(page, "render_all", lambda texts: go.wait(30) and texts)
+    transport = httpx.ASGITransport(app=Starlette(routes=page_routes()))
+    places = page.RENDER_THREADS + page.MAX_WAITING
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            post = partial(client.post, "/page/markdown", json={"texts": ["x"]})
+            asked = [asyncio.ensure_future(post()) for _ in range(places + 5)]
+            try:
+                async with asyncio.timeout(20):
+                    answers = [await one for one in islice(asyncio.as_completed(asked), 5)]
+            finally:
+                go.set()
+            return answers, [one.status_code for one in await asyncio.gather(*asked)]
+
+    with ThreadPoolExecutor(1) as thread:  # playwright has an event loop in this one
+        refused, statuses = thread.submit(lambda: asyncio.run(ask())).result()
+    assert [one.json()["error"]["type"] for one in refused] == ["overloaded_error"] * 5
+    assert (statuses.count(503), statuses.count(200)) == (5, places)
 
 
 @pytest.mark.parametrize(

@@ -132,13 +132,23 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         one.engine.step = lambda: time.sleep(0.1) or step()
         answer = chat(one, **LONG)
         assert "longer than 0.3 s" in error_of(answer, 503)["message"]
-        assert "retry-after" in answer.headers
+        assert "retry-after" not in answer.headers
+        assert answer.headers["x-should-retry"] == "false"  # once more would take as long
         stream = chat(one, **LONG, stream=True)
         assert stream.status_code == 200
         last = stream.text.strip().split("\n\n")[-1]
         assert "longer than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
         one.wait_idle()
         assert ended(one) == {"timeout": 2}
+
+
+def test_a_prompt_and_its_reply_have_one_limit_of_time_together(monkeypatch):
+    with running(timeout_s=1.0) as one:
+        score, step = one.engine.score_prompt, one.engine.step
+        monkeypatch.setattr(one.engine, "score_prompt", lambda ids: time.sleep(0.7) or score(ids))
+        monkeypatch.setattr(one.engine, "step", lambda: time.sleep(0.1) or step())
+        answer = complete(one, echo=True, logprobs=1, max_tokens=24, ignore_eos=True)
+        assert "longer than 1 s" in error_of(answer, 503)["message"]
 
 
 def test_equal_prompts_without_a_seed_differ(idle):
@@ -175,7 +185,12 @@ def test_a_body_full_of_errors_holds_nobody_up(idle, path, body):
     assert longest < 2
 
 
-def test_a_client_that_reads_slowly_is_told_that_its_time_is_over(monkeypatch):
+@pytest.mark.parametrize(
+    ("send", "fields"),
+    [(chat, {}), (complete, {}), (complete, {"prompt": ["hello"] * 3, "echo": True})],
+)
+def test_a_client_that_reads_slowly_is_told_that_its_time_is_over(monkeypatch, send, fields):
+    """Be the reply written by then or not: it was kept for completions, whatever that took."""
     write = sse._write
 
     async def slowly(*arguments, **options):
@@ -183,12 +198,14 @@ def test_a_client_that_reads_slowly_is_told_that_its_time_is_over(monkeypatch):
         await write(*arguments, **options)
 
     monkeypatch.setattr(sse, "_write", slowly)
-    with running(timeout_s=0.3) as one:
+    with running(timeout_s=1.0) as one:
         step = one.engine.step
-        one.engine.step = lambda: time.sleep(0.05) or step()
-        last = chat(one, **LONG, stream=True).text.strip().split("\n\n")[-1]
-        assert "longer than 0.3 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
-        one.wait_idle()
+        for pause_s in (0.05, 0):
+            one.engine.step = lambda pause_s=pause_s: time.sleep(pause_s) or step()
+            last = send(one, **LONG, **fields, stream=True).text.strip().split("\n\n")[-1]
+            assert "longer than 1 s" in json.loads(last.removeprefix("data: "))["error"]["message"]
+            one.wait_idle()
+            wait_for(lambda: one.pool.reserved == 0)
 
 
 def test_a_prompt_that_fails_ends_its_siblings_in_the_stream(idle, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.server.errors import ApiError
 from jaxchat.server.gate import RateLimit
-from tests.server.asking import HELLO, chat, complete, error_of, fail_once
+from tests.server.asking import HELLO, chat, complete, error_of, fail_once, wait_for
 from tests.servers import CONTEXT, MODEL, running
 
 
@@ -89,6 +89,71 @@ def test_a_chat_request_that_cannot_be_served_is_told_why(idle, fields, message)
 )
 def test_a_completion_that_cannot_be_served_is_told_why(idle, fields, message):
     assert message in error_of(complete(idle, **fields), 400)["message"]
+
+
+COMMON = [
+    {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"choice": ["yes", "no"]}},
+    {"guided_json": {"type": "object"}},
+    {"guided_json": "{}"},
+    {"guided_regex": "a*"},
+    {"guided_choice": ["yes", "no"]},
+    {"guided_grammar": "root ::= 'yes'"},
+    {"tools": [{"type": "function"}]},
+    {"stop_token_ids": [5]},
+    {"include_stop_str_in_output": True},
+    {"min_tokens": 5},
+    {"bad_words": ["a"]},
+    {"allowed_token_ids": [1]},
+    {"prompt_logprobs": 0},
+    {"truncate_prompt_tokens": 1},
+    {"use_beam_search": True},
+]
+CHAT_ALONE = [
+    {"modalities": ["text", "audio"]},
+    {"audio": {"voice": "x", "format": "wav"}},
+    {"web_search_options": {}},
+    {"functions": [{"name": "f"}]},
+    {"echo": True},
+    {"add_generation_prompt": False},
+    {"continue_final_message": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("send", "fields"),
+    [
+        *((chat, fields) for fields in COMMON + CHAT_ALONE),
+        *((complete, fields) for fields in [*COMMON, {"add_special_tokens": False}]),
+    ],
+)
+def test_what_would_change_the_answer_and_cannot_be_done_is_refused(idle, send, fields):
+    (name,) = fields
+    assert error_of(send(idle, **fields), 400)["param"].split(".")[0] == name
+
+
+def test_what_changes_no_answer_is_taken_as_clients_send_it(idle):
+    nothing = {
+        "response_format": {"type": "text"},
+        **{name: {} for name in ("structured_outputs", "guided_json", "metadata")},
+        **{name: [] for name in ("guided_choice", "tools", "stop_token_ids", "bad_words")},
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_grammar"), ""),
+        **dict.fromkeys(("include_stop_str_in_output", "use_beam_search", "store"), False),
+        "allowed_token_ids": [],
+        "min_tokens": 0,
+        "reasoning_effort": "low",
+        "parallel_tool_calls": True,
+    }
+    alone = {
+        chat: {"modalities": ["text"], "echo": False, "add_generation_prompt": True},
+        complete: {"add_special_tokens": True, "best_of": 1},
+    }
+    for send, fields in alone.items():
+        expected = send(idle).json()["choices"]
+        assert send(idle, **nothing, **fields).json()["choices"] == expected
+        null = dict.fromkeys([*nothing, *fields, "prompt_logprobs", "audio"])
+        assert send(idle, **null).json()["choices"] == expected
+    assert complete(idle, prompt=[5, 6], add_special_tokens=False).status_code == 200
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -272,6 +337,17 @@ def test_no_word_of_a_prompt_is_logged(idle, caplog, monkeypatch):
     assert "xylophone" not in caplog.text
 
 
+def test_nothing_long_that_a_client_sends_is_logged(idle, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="jaxchat")
+    with idle.connect(b"A" * 60_000 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as client:
+        assert b" 405 " in client.recv(1 << 16)
+    wait_for(lambda: "(other) /health 405" in caplog.text)
+    monkeypatch.setitem(idle.app.state.services, "x" * 9000, None)  # a bug of ours
+    assert idle.get("/v1/models/" + "x" * 9000).status_code == 500
+    assert "GET '/v1/models/xxx" in caplog.text
+    assert all(len(message) < 200 for message in caplog.messages)
+
+
 def test_keys_rates_and_origins():
     settings = {
         "api_keys": ("first", "second"),
@@ -295,6 +371,8 @@ def test_keys_rates_and_origins():
         answer = one.get("/v1/models", headers=second)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        exposed = answer.headers["access-control-expose-headers"]
+        assert exposed == "Retry-After, X-Should-Retry"  # which openai's client looks for
         asked = {
             "Origin": "https://page.example",
             "Access-Control-Request-Method": "POST",
