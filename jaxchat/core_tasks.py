@@ -236,9 +236,9 @@ def _spans(kind: str, encoded: Sequence[np.ndarray]) -> list[Scored]:
     if kind == "schema":
         shared = _common([ids[::-1] for ids in encoded])
         return [Scored(ids, len(ids) - shared, len(ids)) for ids in encoded]
-    without, whole = encoded
+    _, whole = encoded
     start = _common(encoded)  # where the tokenizer merged across the border, a little earlier
-    return [Scored(whole, min(start, len(without)), len(whole))]
+    return [Scored(whole, start, len(whole))]
 
 
 def _common(sequences: Sequence[np.ndarray]) -> int:

@@ -305,7 +305,6 @@ def _validate(run: _Run, device_batch_size: int, on_progress: OnProgress) -> flo
         tokens=run.options.eval_tokens,
         rows_per_batch=device_batch_size * run.backend.devices.count,
         sequence_len=run.sequence_len,
-        seed=run.options.seed,
     )
     return bits_per_byte(run.backend, taken, run.tokenizer.token_bytes)
 

@@ -9,7 +9,7 @@ from jaxchat import cli
 from jaxchat.backend import DEFAULT_BACKEND, BackendName
 from jaxchat.config import OptimizerConfig
 from jaxchat.memory import NO_SAVINGS, Savings, savings_of
-from jaxchat.plan import REFERENCE_BATCH_TOKENS, check_positive
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, check_not_negative, check_positive
 from jaxchat.stages import Resume, StageName
 
 
@@ -89,6 +89,16 @@ class FinetuneOptions:
             device_batch_size=self.device_batch_size,
             total_batch_size=self.total_batch_size,
             init_lr_frac=self.init_lr_frac,
+            eval_every=self.eval_every,
+            eval_tokens=self.eval_tokens,
+            sample_every=self.sample_every,
+            save_every=self.save_every,
+            keep_checkpoints=self.keep_checkpoints,
+        )
+        check_not_negative(
+            embedding_lr=self.embedding_lr,
+            unembedding_lr=self.unembedding_lr,
+            matrix_lr=self.matrix_lr,
         )
         check_seed(self.seed)
         self.savings(NO_SAVINGS)

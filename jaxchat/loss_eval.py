@@ -86,21 +86,16 @@ def conversation_batches(
     tokens: int,
     rows_per_batch: int,
     sequence_len: int,
-    seed: int,
 ) -> Iterator[TokenRows]:
     """The same of conversations, of which only what the model should say counts.
 
-    What is longer than a row ends with it, as in training. `seed`: of the order of more
-    conversations than fit.
+    What is longer than a row ends with it, as in training. Of more conversations than fit come
+    those that training would begin with, of seed 0: every run is judged on the same ones.
     """
     return _batches(
         partial(_all_conversations, conversations, tokenizer, sequence_len),
         lambda: ChatLoader(
-            conversations,
-            tokenizer,
-            rows_per_batch=rows_per_batch,
-            sequence_len=sequence_len,
-            seed=seed,
+            conversations, tokenizer, rows_per_batch=rows_per_batch, sequence_len=sequence_len
         ),
         on_progress,
         tokens=tokens,

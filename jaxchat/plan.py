@@ -83,10 +83,18 @@ def plan_training(
 
 
 def check_positive(**options: float | None) -> None:
-    """ValueError, naming its flag, for an option that is given and not above 0."""
+    """ValueError, naming its flag, for an option that is given and not above 0, or not finite."""
     for name, value in options.items():
         if value is not None and not value > 0:
             raise ValueError(f"{flag(name)} {value}: must be above 0")
+    check_not_negative(**options)
+
+
+def check_not_negative(**options: float | None) -> None:
+    """The same for options that may be 0 as well, as learning rates may."""
+    for name, value in options.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{flag(name)} {value}: must be at least 0, and finite")
 
 
 def flag(name: str) -> str:

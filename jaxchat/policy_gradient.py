@@ -23,7 +23,7 @@ from jaxchat.dataloader import Batch
 from jaxchat.engine import Engine
 from jaxchat.progress import OnProgress, unheard
 from jaxchat.request import Completion, Request
-from jaxchat.sampling_params import SamplingParams
+from jaxchat.sampling_params import SamplingParams, check_varied
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
 
@@ -53,6 +53,7 @@ class RolloutConfig:
                 f"samples={self.samples} at least 2: one reply is no better than its own mean"
             )
         self.params(seed=0)  # ValueError for how no reply can be written
+        check_varied(self.samples, temperature=self.temperature, top_k=self.top_k)
 
     @property
     def rows(self) -> int:
@@ -201,7 +202,9 @@ def rollout_batch(
 
     Targets are what the model chose, its end of turn included; weights are the advantages.
     """
-    advantages = rewards - rewards.mean(axis=1, keepdims=True)
+    mixed = np.ptp(rewards, axis=1, keepdims=True) > 0
+    # the mean of three times 0.7 is another float32: of equal rewards a difference would be left
+    advantages = np.where(mixed, rewards - rewards.mean(axis=1, keepdims=True), 0)
     rows = [
         (prompt, reply) for prompt, group in zip(prompts, replies, strict=True) for reply in group
     ]
@@ -220,7 +223,7 @@ def rollout_batch(
         "train/reward": float(rewards.mean()),
         "train/reply_tokens": float(np.mean([len(reply) for reply in chosen])),
         "train/finished_share": float(np.mean([r.finish_reason == "stop" for _, r in rows])),
-        "train/mixed_groups_share": float(np.mean(np.ptp(rewards, axis=1) > 0)),
+        "train/mixed_groups_share": float(np.mean(mixed)),
     }
     return Batch(inputs, targets, weights, figures)
 
@@ -240,7 +243,6 @@ def pass_at_k(
     questions: int,
     samples: int,
     ks: Sequence[int],
-    seed: int = 0,
     on_progress: OnProgress = unheard,
 ) -> dict[str, float]:
     """The chance that one of k replies is right, over the first `questions` of a task.
@@ -255,7 +257,7 @@ def pass_at_k(
         prompts_of(engine, asked, config),
         config,
         samples=samples,
-        seeds=[(seed << 32) + i for i in range(len(asked))],
+        seeds=range(len(asked)),
         on_progress=on_progress,
     )
     right = [

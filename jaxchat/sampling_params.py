@@ -85,6 +85,18 @@ class SamplingParams:
             raise ValueError(f"sampling parameters out of range: {', '.join(bad)}")
 
 
+def check_varied(samples: int, *, temperature: float, top_k: int | None) -> None:
+    """ValueError, naming the remedy, for several replies that would all be the likeliest one."""
+    for greedy, how, remedy in (
+        (temperature == 0, "temperature 0", "--temperature 1"),
+        (top_k == 1, "top_k 1", f"--top-k {CHAT_TOP_K}"),
+    ):
+        if greedy and samples > 1:
+            raise ValueError(
+                f"{samples} samples at {how} are one reply {samples} times: set {remedy}"
+            )
+
+
 def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
     """Whether this is a list of distinct tokens with biases from -100 to 100."""
     return (

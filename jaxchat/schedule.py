@@ -43,7 +43,7 @@ def lr_multiplier(step: int, config: ScheduleConfig, num_iterations: int) -> flo
 
 
 def muon_momentum(step: int, config: ScheduleConfig, num_iterations: int) -> float:
-    """Rises over the first steps, and falls while the learning rate does."""
+    """Rises over the first steps, and falls while the learning rate does, once it has risen."""
     warmdown_steps = round(config.warmdown_ratio * num_iterations)
     warmdown_start = num_iterations - warmdown_steps
     if step < config.momentum_warmup_steps:

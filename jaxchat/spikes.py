@@ -5,8 +5,8 @@ not finite, or lies far above the rolling mean of the steps before it, leaves we
 state as they were. The step itself decides, on the device, against `Limits` that the host computed
 from older steps, so nobody waits. Metrics are read a step late: the limits of step t know the steps
 up to t - 2, also right after a resume, so a continued run skips what the whole run would have.
-Steps without a gradient (of a policy whose replies are all equally good) are no history: beside
-them, every step that teaches would be a spike.
+Steps without a gradient (of a policy whose replies are all equally good) change nothing either, but
+are not skipped; and they are no history: beside them, every step that teaches would be a spike.
 """
 
 import json
@@ -129,7 +129,7 @@ def keep_evidence(
 
     The record holds the loader's state before the batch, from which a loader reads it again. The
     weights are not among them: they are those of the step before, and the same command gives them
-    again from any earlier checkpoint, bit for bit.
+    again from any earlier checkpoint, on a CPU bit for bit.
     """
     path = directory / f"step_{step:06d}.{process}.npz"
     with atomic_write(path, "wb") as file:

@@ -20,7 +20,7 @@ from jaxchat.core_eval import batch_rows, bucket_length
 from jaxchat.engine import Engine
 from jaxchat.progress import OnProgress, unheard
 from jaxchat.request import Request
-from jaxchat.sampling_params import CHAT_TOP_K, SamplingParams
+from jaxchat.sampling_params import CHAT_TOP_K, SamplingParams, check_varied
 from jaxchat.tasks.base import Task
 from jaxchat.tokenizer import Tokenizer
 
@@ -43,11 +43,7 @@ class Drawing:
     """Longest reply; what the task gives it when None."""
 
     def __post_init__(self) -> None:
-        if self.samples > 1 and not self.temperature:
-            raise ValueError(
-                f"{self.samples} samples at temperature 0 are one reply {self.samples} times: "
-                "set --temperature 1"
-            )
+        check_varied(self.samples, temperature=self.temperature, top_k=self.top_k)
         self.params(seed=0, room=self.max_tokens or 1)  # ValueError for what none can be drawn by
 
     def params(self, *, seed: int, room: int) -> SamplingParams:
@@ -78,6 +74,8 @@ class ChatResult:
     """Replies to a problem."""
     skipped: str | None = None
     """Why the task was not run."""
+    data: str | None = None
+    """The task's fingerprint: which problems there are, whatever part of them was asked."""
 
     @property
     def accuracy(self) -> float:
@@ -127,7 +125,8 @@ def evaluate_chat(
         raise ValueError(f"{task.name} is for training only: it has no judge of replies")
     reason = task.unavailable()
     if reason is not None:
-        return ChatResult(task.name, task.kind, task.baseline, skipped=reason)
+        facts = (task.name, task.kind, task.baseline)
+        return ChatResult(*facts, skipped=reason, data=task.fingerprint)
     problems = list(task.shuffled(SAMPLE_SEED)[:max_problems])
     if task.kind == "categorical":
         return _choose(backend, tokenizer, task, problems, batch_tokens, on_progress)
@@ -165,7 +164,15 @@ def _choose(
             correct += task.evaluate(problems[i], letters[int(np.argmax(row[ids]))])
         done += len(batch)
         on_progress(done / len(order))
-    return ChatResult(task.name, task.kind, task.baseline, len(problems), correct, cropped)
+    return ChatResult(
+        task.name,
+        task.kind,
+        task.baseline,
+        len(problems),
+        correct,
+        cropped,
+        data=task.fingerprint,
+    )
 
 
 def _last_logits(
@@ -222,6 +229,7 @@ def _generate(
             any(part["type"] == "python_output" for part in reply.parts) for reply in replies
         ),
         samples=samples,
+        data=task.fingerprint,
     )
 
 

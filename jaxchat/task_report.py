@@ -1,10 +1,11 @@
 """Chat evaluations in the report: a section a stage, and one that lays the stages side by side.
 
 The sections are the data: a stage's table is kept with its report, a later run for some tasks
-replaces these rows only, and the comparison is drawn from all tables that are there.
+replaces these rows only, and the comparison is drawn from all tables that are there. A row is about
+a task's problems and not its name alone, which another file may have, or the same one once mended.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from jaxchat.report import MODELS, KeyValues, Section, Table, Value, model_names
@@ -26,14 +27,18 @@ COLUMNS = (
     "centred",
     "ended",
     "called",
+    "data",
     "note",
 )
+
+LATER_COLUMNS = {"limit", "data"}
+"""Those that a section of an earlier version may lack."""
 
 CAPTION = (
     "limit is how many problems were asked for, none for all of them; low and high bound the "
     "accuracy with 95% confidence (Wilson); centred is the accuracy above guessing, 1 for perfect; "
     "ended and called are the shares of generated replies that ended by themselves and that got an "
-    "answer from the calculator"
+    "answer from the calculator; data names the task's problems"
 )
 
 
@@ -63,30 +68,33 @@ def with_earlier_rows(
 ) -> Table:
     """`table`, and the rows of other tasks that the same model was given before.
 
-    Of a task that it was given before on more problems, that row stays in place of the new one. The
-    same model: the section's `facts` are the same. A row that does not say its limit is left.
+    Of a task that it was given before on more of the same problems, that row stays in place of the
+    new one; one of other problems, or that does not say of which, gives way. The same model: the
+    section's `facts` are the same. A row that does not say its limit is left.
     """
     stage = section_name(source)
     earlier = next((s for s in sections if s.stage == stage and _states(s, facts)), None)
     if earlier is None:
         return table
-    fresh = _by_task(table)
+    fresh = _by_problems(_rows(table))
+    asked = {task for task, _ in fresh}
+    before = _by_problems(row for row in _result_rows(earlier) if "limit" in row)
     kept = {
-        row["task"]: row
-        for row in _result_rows(earlier)
-        if "limit" in row and _size(row) > _size(fresh.get(row["task"]))
+        key: row
+        for key, row in before.items()
+        if key[0] not in asked or (key in fresh and _size(row) > _size(fresh[key]))
     }
-    rows = [*kept.values(), *(row for task, row in fresh.items() if task not in kept)]
-    return Table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows], CAPTION)
+    rows = [*kept.values(), *(row for key, row in fresh.items() if key not in kept)]
+    return Table(COLUMNS, [[row.get(name) for name in COLUMNS] for row in rows], CAPTION)
 
 
 def outweighed(table: Table, merged: Table) -> list[str]:
     """A line for each result of `table` that had to give way to a larger sample in `merged`."""
-    kept = _by_task(merged)
+    kept = _by_problems(_rows(merged))
     return [
-        f"{task}: {_cell(row)} now; the result of {kept[task]['problems']} problems stays"
-        for task, row in _by_task(table).items()
-        if _size(kept[task]) > _size(row)
+        f"{key[0]}: {_cell(row)} now; the result of {kept[key]['problems']} problems stays"
+        for key, row in _by_problems(_rows(table)).items()
+        if _size(kept[key]) > _size(row)
     ]
 
 
@@ -143,6 +151,7 @@ def _row(result: ChatResult, limit: int | None) -> Row:
         "kind": result.kind,
         "problems": result.problems,
         "limit": limit,
+        "data": result.data,
     }
     if result.skipped is not None:
         return facts | {"note": f"skipped: {result.skipped}"}
@@ -202,13 +211,14 @@ def _tasks(found: Mapping[str, Mapping[str, Row]]) -> list[str]:
     return list(dict.fromkeys(name for rows in found.values() for name in rows))
 
 
-def _by_task(table: Table) -> dict[Value, Row]:
-    return {row["task"]: row for row in _rows(table)}
+def _by_problems(rows: Iterable[Row]) -> dict[tuple[Value, Value], Row]:
+    """By task and fingerprint, which rows of an earlier version lack."""
+    return {(row["task"], row.get("data")): row for row in rows}
 
 
-def _size(row: Row | None) -> float:
-    """Problems that a row is about: a skipped one has 0, one that is not there less."""
-    problems = -1 if row is None else row["problems"]
+def _size(row: Row) -> float:
+    """Problems that a row is about: a skipped one has 0."""
+    problems = row["problems"]
     assert isinstance(problems, int | float), f"{problems!r} problems"
     return problems
 
@@ -218,8 +228,8 @@ def _rows(table: Table) -> list[Row]:
 
 
 def _result_rows(section: Section) -> list[Row]:
-    """The rows of a stored section; those of earlier versions have no limit."""
-    needed = set(COLUMNS) - {"limit"}
+    """The rows of a stored section; those of earlier versions lack `LATER_COLUMNS`."""
+    needed = set(COLUMNS) - LATER_COLUMNS
     tables = [part for part in section.parts if isinstance(part, Table)]
     return [row for table in tables if needed <= set(table.columns) for row in _rows(table)]
 

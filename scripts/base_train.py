@@ -8,7 +8,6 @@ The same command continues a run that was stopped or killed, and gives what the 
 would have given, bit for bit.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,13 @@ from jaxchat.finetune_options import check_seed
 from jaxchat.loss_eval import bits_per_byte, text_batches
 from jaxchat.memory import Savings, savings_of
 from jaxchat.micro_batch import settle_rows
-from jaxchat.plan import TrainingPlan, check_positive, flag, micro_batches, plan_training
+from jaxchat.plan import (
+    TrainingPlan,
+    check_not_negative,
+    check_positive,
+    micro_batches,
+    plan_training,
+)
 from jaxchat.progress import OnProgress
 from jaxchat.report import Report, model_facts
 from jaxchat.schedule import schedule_at
@@ -153,10 +158,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_positive(**{name: getattr(self, name) for name in POSITIVE})
-        for name in (*POSITIVE, *NOT_NEGATIVE):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{flag(name)} {value}: must be at least 0, and finite")
+        check_not_negative(**{name: getattr(self, name) for name in NOT_NEGATIVE})
         check_seed(self.seed)
         check_new_tag("--model-tag", self.tag)
         self.savings()

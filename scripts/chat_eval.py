@@ -10,8 +10,9 @@ ChatCORE needs the hub's task sets, which `python -m scripts.data_download --all
 them it asks what needs no network, about the embedded documentation above all, and says that this
 is not ChatCORE. A file of your own has a question a line, as chat_rl reads them. The stages of a
 model's tag are shown side by side, in the report all models, and what the same one has been asked
-before stays: of a task that it was asked twice, the larger sample. Replies that are not drawn as by
-default are another measurement, which is shown and not reported.
+before stays: of a task that it was asked twice, the larger sample, unless its problems are others
+now. Replies that are not drawn as by default are another measurement, which is shown and not
+reported.
 """
 
 import time

@@ -26,7 +26,7 @@ from jaxchat.checkpoint import CheckpointStore
 from jaxchat.config import OptimizerConfig, ScheduleConfig, flops_per_token
 from jaxchat.finetune_options import Inherited, check_seed
 from jaxchat.memory import NO_SAVINGS, Savings, savings_of
-from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_positive
+from jaxchat.plan import REFERENCE_BATCH_TOKENS, TrainingPlan, check_not_negative, check_positive
 from jaxchat.policy_gradient import RolloutConfig, RolloutLoader, pass_at_k
 from jaxchat.progress import OnProgress, unheard
 from jaxchat.report import Curve, KeyValues, Part, Report, model_facts
@@ -130,13 +130,13 @@ class Config:
             slots=self.slots,
             device_batch_size=self.device_batch_size,
             lr_frac=self.lr_frac,
+            keep_checkpoints=self.keep_checkpoints,
             eval_every=self.eval_every,
             save_every=self.save_every,
             eval_questions=self.eval_questions,
             eval_samples=self.eval_samples,
         )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature {self.temperature}: must be at least 0")
+        check_not_negative(temperature=self.temperature)
         check_seed(self.seed)
         self.savings(NO_SAVINGS)
         self.rollouts()

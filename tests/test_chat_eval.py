@@ -106,6 +106,20 @@ def test_a_later_run_keeps_the_other_rows_of_the_same_model_alone(trained, tmp_p
     assert rows() == ["fruit.jsonl"]
 
 
+def test_a_file_that_was_mended_is_asked_anew(trained, tmp_path):
+    """The result of the longer file before it stayed."""
+
+    def problems_of(lines):
+        question = '{"question": "A fruit?", "choices": ["chair", "fig"], "answer": "B"}\n'
+        (tmp_path / "mended.jsonl").write_text(question * lines)
+        run(["-i", "sft", "-a", str(tmp_path / "mended.jsonl")])
+        (section,) = (s for s in Report(trained).sections() if s.stage == "chat_eval_sft")
+        (table,) = (part for part in section.parts if isinstance(part, Table))
+        return [row[2] for row in table.rows if row[0] == "mended.jsonl"]
+
+    assert [problems_of(3), problems_of(2)] == [[3], [2]]
+
+
 def test_a_model_that_is_not_there_is_said_before_any_task_is_opened(trained, monkeypatch):
     monkeypatch.setattr(chat_eval, "choose_tasks", lambda config: pytest.fail("slow work"))
     with pytest.raises(FileNotFoundError, match="no rl model in"):
@@ -379,7 +393,7 @@ def fetch_tasks():
     config = data_download.Config(dataset="embedded", verify=True)
     from rich.console import Console
 
-    data_download.fetch(data_download.task_sets(), config, Console())
+    data_download.fetch(data_download.task_sets(verify=True), config, Console())
 
 
 def test_the_task_sets_come_whole_and_are_verified(hub):
@@ -402,4 +416,4 @@ def test_a_set_that_has_moved_is_named(hub):
         if repo == gone.repo:
             del hub.files[repo, path]
     with pytest.raises(FileNotFoundError, match=r"openai/gsm8k/main lists no parquet file"):
-        data_download.task_sets()
+        data_download.task_sets(verify=False)

@@ -129,6 +129,11 @@ def test_a_horizon_that_cannot_be_is_refused_by_its_flag(name, value):
         plan_training(GPTConfig.from_depth(12), OptimizerConfig(), **{name: value})
 
 
+def test_a_horizon_without_end_is_refused_by_its_flag():
+    with pytest.raises(ValueError, match="--target-flops inf: must be at least 0, and finite"):
+        plan_training(GPTConfig.from_depth(12), OptimizerConfig(), target_flops=math.inf)
+
+
 def test_micro_batches_divide_the_batch_or_say_what_would():
     plan = plan_training(GPTConfig.from_depth(12), OptimizerConfig())
     assert micro_batches(plan, sequence_len=2048, device_batch_size=32, devices=2) == 4

@@ -33,7 +33,7 @@ from jaxchat.tasks.base import TaskMixture
 from jaxchat.tasks.customjson import IDENTITY, CustomJSON
 from jaxchat.tokenizer import Tokenizer
 from jaxchat.tracker import read_metrics
-from scripts import chat_rl, chat_sft
+from scripts import chat_rl, chat_sft, mid_train
 from tests.models import assert_same_arrays
 from tests.test_chat_loader import Given
 from tests.test_conversation import SHAPES
@@ -391,6 +391,40 @@ def test_a_mesh_divides_the_weights_and_changes_nothing(backend):
 def test_a_stage_of_nothing_is_refused_by_its_flag(name):
     with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} 0: must be above 0"):
         FinetuneOptions(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--matrix-lr -1", "--matrix-lr -1.0: must be at least 0"),
+        ("--embedding-lr nan", "--embedding-lr nan: must be at least 0"),
+        ("--unembedding-lr inf", "--unembedding-lr inf: must be at least 0, and finite"),
+        ("--init-lr-frac inf", "--init-lr-frac inf: must be at least 0, and finite"),
+        ("--init-lr-frac nan", "--init-lr-frac nan: must be above 0"),
+        ("--epochs inf", "--epochs inf: must be at least 0, and finite"),
+        ("--eval-tokens -5", "--eval-tokens -5: must be above 0"),
+        ("--eval-every 0", "--eval-every 0: must be above 0"),
+        ("--sample-every 0", "--sample-every 0: must be above 0"),
+        ("--save-every -1", "--save-every -1: must be above 0"),
+        ("--keep-checkpoints 0", "--keep-checkpoints 0: must be above 0"),
+    ],
+)
+def test_what_pretraining_refuses_finetuning_refuses_too(words, message, capsys):
+    """A negative rate trained a model away from what it was shown, and saved it."""
+    for script in (chat_sft, mid_train):
+        with pytest.raises(SystemExit):
+            cli.parse(script.Config, words.split())
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert FinetuneOptions(matrix_lr=0.0).matrix_lr == 0
+
+
+def test_validation_does_not_depend_on_the_seed(backend):
+    """Of more conversations than fit, each took its own: one model had two figures."""
+    figures = [
+        metrics(teach(backend, seed=seed, num_iterations=1, resume="never"), "val/bpb")[0]
+        for seed in (1, 2)
+    ]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31])

@@ -241,10 +241,21 @@ def test_replies_are_drawn_as_asked():
 
 
 def test_several_greedy_replies_are_refused():
+    with pytest.raises(ValueError, match="4 samples at top_k 1 are one reply 4 times: set --top-k"):
+        Drawing(4, temperature=1.0, top_k=1)
     with pytest.raises(ValueError, match="4 samples at temperature 0 are one reply 4 times"):
         Drawing(samples=4)
     with pytest.raises(ValueError, match="temperature=-1"):
         Drawing(temperature=-1)
+
+
+@pytest.mark.parametrize("task", [Choices(), Arithmetic("test", 5), HumanEval(sandbox="none")])
+def test_a_result_names_the_problems_of_its_task(task):
+    """All of them, whatever part was asked: a quick look is at the same problems."""
+    backend = ScriptedBackend(replace(CONFIG, sequence_len=512), lambda held: ord("x"))
+    backend.logits = lambda inputs, positions: np.zeros((len(inputs), CONFIG.vocab_size))
+    for limit in (2, None):
+        assert evaluate(backend, task, max_problems=limit).data == task.fingerprint
 
 
 def test_a_reply_that_does_not_end_is_counted():
@@ -375,6 +386,40 @@ def test_a_quick_look_takes_no_larger_samples_place():
     other = task_report.with_earlier_rows(quick, FACTS | {"step": 20}, [MID], "mid")
     assert other.rows == quick.rows
     assert task_report.outweighed(quick, other) == []
+
+
+def test_a_file_that_was_mended_replaces_what_it_was():
+    """Of 500 problems, half of them wrong, the result stayed in place of that of 300."""
+    old = ChatResult("test.jsonl", "generative", 0.0, 500, 50, data="wrong")
+    table = task_report.result_table([replace(old, problems=300, correct=270, data="mended")])
+    merged = task_report.with_earlier_rows(table, FACTS, [section("mid", [old], FACTS)], "mid")
+    assert merged.rows == table.rows
+    assert task_report.outweighed(table, merged) == []
+    few = task_report.result_table([replace(old, problems=10, correct=9)])
+    merged = task_report.with_earlier_rows(few, FACTS, [section("mid", [old], FACTS)], "mid")
+    assert merged.rows == task_report.result_table([old]).rows
+    assert "data" not in task_report.compact(merged).columns
+
+
+def test_a_row_that_does_not_say_its_problems_gives_way_and_stays_beside_others():
+    """Sections were written before they did."""
+    table = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 500, 50)])
+    at = list(table.columns).index("data")
+    rows = [[*row[:at], *row[at + 1 :]] for row in table.rows]
+    older = Table([*table.columns[:at], *table.columns[at + 1 :]], rows)
+    before = Section(task_report.section_name("mid"), "t", [older, KeyValues(FACTS)], "then")
+    again = task_report.result_table([ChatResult("GSM8K", "generative", 0.0, 10, 9, data="now")])
+    assert task_report.with_earlier_rows(again, FACTS, [before], "mid").rows == again.rows
+    other = task_report.result_table([ChatResult("MMLU", "categorical", 0.25, 10, 9, data="m")])
+    merged = task_report.with_earlier_rows(other, FACTS, [before], "mid")
+    assert merged.rows == [table.rows[0], other.rows[0]]
+
+
+def test_files_of_one_name_have_rows_of_their_own():
+    one = ChatResult("test.jsonl", "generative", 0.0, 500, 50, data="a")
+    two = task_report.result_table([replace(one, problems=9, correct=4), replace(one, data="b")])
+    merged = task_report.with_earlier_rows(two, FACTS, [section("mid", [one], FACTS)], "mid")
+    assert merged.rows == [task_report.result_table([one]).rows[0], two.rows[1]]
 
 
 @pytest.mark.parametrize("changed", [{"step": 20}, {"max_problems": 5}])

@@ -445,6 +445,27 @@ def test_a_step_above_its_limits_changes_nothing(limits, skipped):
     assert same == bool(skipped)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_step_without_a_gradient_changes_nothing_and_is_not_skipped(dtype):
+    """Where all groups agree, Muon made a whole step of old momentum, and Adam a smaller one."""
+    backend = make_backend(MODERN, dtype=dtype)
+    backend.start_training(OptimizerConfig(), PLAN)
+    train(backend, 2)
+    held = backend.get_params() | backend.get_optimizer_state()
+    before = {name: value.copy() for name, value in held.items()}
+    momenta = {name: np.any(x) for name, x in before.items() if name.startswith(("muon", "adam"))}
+    assert all(momenta.values()) and momenta
+    inputs, targets = random_batch()
+    advantages = np.zeros(targets.shape, np.float32)
+    moving = schedule_at(2, ScheduleConfig(), PLAN)
+    metrics = backend.train_step(inputs, targets, moving, advantages)
+    figures = {name: float(value) for name, value in metrics.items()}
+    assert figures == {"loss": 0, "grad_norm": 0, "skipped": 0}
+    assert_same_arrays(backend.get_params() | backend.get_optimizer_state(), before)
+    train(backend, 1, first=2)
+    assert not np.array_equal(backend.get_params()["wte.weight"], before["wte.weight"])
+
+
 def test_weights_without_targets_get_no_gradient():
     """A batch in which nothing counts: a loss of zero and finite weights."""
     backend = make_backend(MODERN)

@@ -135,27 +135,39 @@ def test_a_step_compiles_once():
     assert step._cache_size() == 1
 
 
-def test_a_step_that_would_hurt_changes_nothing():
-    """Not finite, or above a limit: weights and optimizer state stay bit for bit."""
+@pytest.fixture(scope="module")
+def stepped():
+    """One step of a small model's state with the given weights: (state, weights) -> what it says.
+
+    Without a state from the first one. What it says: the state, whether that is the one before bit
+    for bit, whether it was skipped, and the gradient's norm.
+    """
     config = replace(PRESETS["modern"], n_layer=1)
     graphdef, params = split(make_perturbed(config))
     plan = plan_training(config, OptimizerConfig(), num_iterations=4, total_batch_size=1024)
     transform = optim.make_optimizer(config, OptimizerConfig(), plan)
     step = make_train_step(graphdef, transform, mesh_of(1))
     schedule = StepSchedule(*map(np.float32, schedule_at(0, ScheduleConfig(), plan)))
-    inputs, targets = random_batch((1, 2, 64))
-    ones = np.ones(inputs.shape, np.float32)
+    first = jax.tree.map(np.array, TrainState(params, transform.init(params)))
 
-    def run(weights, **limits):
-        state = TrainState(params, transform.init(params))
-        before = jax.tree.map(np.array, state)
+    def run(weights, before=first, **limits):
         bounds = NO_LIMITS._replace(**limits)
         bounds = type(bounds)(*map(np.float32, bounds))
-        after, metrics = step(
-            jax.tree.map(jnp.array, before), (inputs, targets, weights), schedule, bounds
-        )
+        batch = (*random_batch((1, 2, 64)), weights)
+        after, metrics = step(jax.tree.map(jnp.array, before), batch, schedule, bounds)
         same = jax.tree.map(lambda a, b: np.array_equal(a, b), after, before)
-        return all(jax.tree.leaves(same)), float(metrics.skipped), float(metrics.grad_norm)
+        said = (all(jax.tree.leaves(same)), float(metrics.skipped), float(metrics.grad_norm))
+        return jax.tree.map(np.array, after), *said
+
+    return run
+
+
+def test_a_step_that_would_hurt_changes_nothing(stepped):
+    """Not finite, or above a limit: weights and optimizer state stay bit for bit."""
+    ones = np.ones((1, 2, 64), np.float32)
+
+    def run(weights, **limits):
+        return stepped(weights, **limits)[1:]
 
     unchanged, skipped, norm = run(ones)
     assert (unchanged, skipped) == (False, 0.0)
@@ -167,3 +179,14 @@ def test_a_step_that_would_hurt_changes_nothing():
     ):
         assert run(weights, **limits)[:2] == (True, 1.0), limits
     assert run(ones, grad_norm=1.1 * norm)[:2] == (False, 0.0)
+
+
+def test_a_step_without_a_gradient_changes_nothing_and_is_not_skipped(stepped):
+    """Where all groups agree, Muon made a whole step of old momentum, and Adam a smaller one."""
+    ones = np.ones((1, 2, 64), np.float32)
+    taught = stepped(ones)[0]
+    moved = jax.tree.map(lambda x: bool(np.any(x)), taught.opt_state)
+    assert all(jax.tree.leaves(moved))  # there are momenta of both optimizers
+    after, *said = stepped(0 * ones, taught)
+    assert said == [True, 0.0, 0.0]
+    assert stepped(ones, after)[1:3] == (False, 0.0)

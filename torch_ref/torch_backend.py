@@ -195,7 +195,8 @@ class TorchBackend:
         norm = global_norm(grads.values())
         fine = bool(torch.isfinite(loss + norm))
         fine &= bool((loss <= limits.loss) & (norm <= limits.grad_norm))
-        if (self._loss_scale is None or self._loss_scale.accepts(norm)) and fine:
+        accepted = self._loss_scale is None or self._loss_scale.accepts(norm)
+        if accepted and fine and norm > 0:  # Muon makes a whole step of any momentum, however old
             self._optimizer.step(grads, schedule)
         return {"loss": loss, "grad_norm": norm, "skipped": torch.tensor(float(not fine))}
 
