@@ -26,6 +26,9 @@ from jaxchat.tracker import METRICS, read_metrics
 CORE_CSV = "base_eval.csv"
 """What `scripts.base_eval` leaves in the folder of the checkpoint it has judged."""
 
+CORE = "CORE"
+"""Label of its last row where that is the mean of all examples, and no estimate."""
+
 NEAR = 4.0
 """How far from the best size, as a factor, the runs may lie that its parabola goes through."""
 
@@ -117,7 +120,7 @@ def _read_core(path: Path) -> float | None:
         return None
     with open(path, newline="") as file:
         *_, last = csv.reader(file)
-    return float(last[2]) if last[0] == "CORE" else None
+    return float(last[2]) if last[0] == CORE else None
 
 
 class Curve(NamedTuple):

@@ -27,10 +27,8 @@ from jaxchat.embedded_tasks import NOTE, embedded_tasks
 from jaxchat.plan import check_positive
 from jaxchat.progress import make_console
 from jaxchat.report import Report, Table, Text, model_facts
+from jaxchat.scaling import CORE
 from jaxchat.stages import LoadedModel, StageName, find_checkpoint, load_model
-
-CORE = "CORE"
-"""Label of the mean of all examples, of no estimate."""
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 """Models whose results a bundle may hold, as openai-community-NAME.csv."""
